@@ -1,0 +1,264 @@
+"""The configuration: what a run is, as typed data. Read from TOML and the command line by config_io.py,
+checked across fields by config_checks.py."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_riskpo.algorithms.config import AlgorithmConfig, PolicyLossConfig
+
+Scalar = int | float | bool | str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how long it is."""
+
+    name: str = "run"
+    """The run's folder is dir/name."""
+    dir: str = "runs"
+    """Parent of all run folders."""
+    steps: int = 100
+    """Number of RL steps (rollout, reward, update)."""
+    seed: int = 1234
+    """Seeds data order, sampling, bundles and initial weights; the same seed gives the same run."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest complete checkpoint of the run folder; never: refuse a folder that has one."""
+    ranks: int = 0
+    """Processes that a bare `riskpo train` starts on this machine; 0: actor.tp * actor.pp. Not used under
+    torchrun or srun."""
+    timeout_s: float = 600.0
+    """A collective that waits longer than this, in seconds, ends the run (a peer is dead or hung)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    path: str = ""
+    """Hugging Face model folder: config.json, *.safetensors, tokenizer (or a SentencePiece tokenizer.model)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of parameters and activations; bfloat16 keeps float32 main weights in the optimizer."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The questions."""
+
+    train: str = "reasoning_gym:chain_sum"
+    """Training questions: reasoning_gym:NAME, or a JSONL file with `problem` and `expected_answer`."""
+    evaluation: str = ""
+    """Held-out questions, same forms; empty: drawn from `train`'s source, none of them a training question."""
+    options: dict[str, Scalar] = field(default_factory=dict)
+    """Options of the reasoning-gym task, for example max_terms = 3."""
+    train_size: int = 4096
+    """Number of training questions generated (reasoning_gym only)."""
+    evaluation_size: int = 200
+    """Number of held-out questions."""
+    prompt_template: str = "{problem}"
+    """Prompt text; {problem} is replaced by the question."""
+    chat_template: bool = False
+    """Send the prompt text as a user message through the tokenizer's chat template."""
+    prompts_per_step: int = 32
+    """P: questions a step over all ranks."""
+    max_prompt_tokens: int = 256
+    """Questions with a longer prompt, in tokens, are left out (counted and said aloud)."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    engine: Literal["vllm", "megatron"] = "vllm"
+    """vllm: in the training processes; megatron: built-in KV-cache sampler on the actor itself."""
+    group_size: int = 8
+    """G: responses a question."""
+    max_response_tokens: int = 64
+    """A response is cut after so many tokens."""
+    temperature: float = 1.0
+    """Softmax temperature of sampling, > 0; the trainer's log-probs use the same."""
+    tp: int = 1
+    """Ranks a vLLM engine (tensor parallel); the world is split into world_size / tp engines."""
+    max_num_seqs: int = 256
+    """Sequences decoded at a time by one vLLM engine."""
+    kv_cache_gib: float = 0.25
+    """KV cache of one vLLM rank on the CPU, in GiB."""
+    gpu_memory_utilization: float = 0.4
+    """Share of the GPU's memory that vLLM may take (CUDA only)."""
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """How the Megatron actor is laid out and how it updates."""
+
+    tp: int = 1
+    """Tensor-parallel size."""
+    pp: int = 1
+    """Pipeline-parallel size; the data-parallel size is world_size / (tp * pp)."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence outside the tensor-parallel regions (needs tp > 1)."""
+    mini_batches: int = 1
+    """Optimizer steps an RL step; the responses are split evenly, whole groups together."""
+    micro_batch_tokens: int = 8192
+    """Packed tokens a micro-batch holds at most (one longer sequence still goes alone)."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer state over data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 1e-6
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a half cosine down to 0 at the last optimizer step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """How actor weights reach the rollout engine."""
+
+    bucket_mib: float = 512.0
+    """Weights travel in buckets of at most this size, in MiB (a larger single tensor goes alone)."""
+    verify: bool = False
+    """After each sync compare the engine's log-probs with the actor's on a probe batch."""
+    tolerance: float = 1e-4
+    """Largest mean absolute log-prob difference that `verify` accepts, in nats (bfloat16: use about 5e-2)."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How responses are graded."""
+
+    timeout_s: float = 5.0
+    """Wall-clock limit of grading one response, in seconds; beyond it the grade is an error, not a wrong answer."""
+    workers: int = 1
+    """Grader processes a rank."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """pass@k on the held-out questions: before the first step, every so often, and at the end."""
+
+    every: int = 0
+    """Evaluate every n steps as well; 0: only before and after."""
+    num_samples: int = 8
+    """n: responses a question."""
+    ks: tuple[int, ...] = (1, 8)
+    """The k of pass@k, each <= num_samples."""
+    temperature: float = 1.0
+    """Softmax temperature of the evaluation's samples."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Training checkpoints."""
+
+    every: int = 50
+    """Save every n steps (and at the end, and when a signal ends the run)."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run writes down."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    samples: int = 4
+    """Questions whose responses are saved in rollouts/step_N.jsonl each time."""
+    samples_every: int = 10
+    """Save samples every n steps; 0: never."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`riskpo train`."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    loss: PolicyLossConfig = PolicyLossConfig()
+    actor: ActorConfig = ActorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    bridge: BridgeConfig = BridgeConfig()
+    rewards: RewardConfig = RewardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True)
+class ModelShapeConfig:
+    """A small Qwen2-architecture model made from nothing."""
+
+    num_layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 128
+    """Width."""
+    num_attention_heads: int = 4
+    """Query heads; the head dimension is hidden_size / num_attention_heads."""
+    num_key_value_heads: int = 2
+    """Key-value heads."""
+    intermediate_size: int = 384
+    """Width inside the MLP."""
+    tied_embeddings: bool = True
+    """Share the input embedding with the output layer."""
+    max_position_embeddings: int = 512
+    """Longest sequence, in tokens."""
+    vocab_size: int = 64
+    """Pieces of the SentencePiece model trained on the task's text (an upper limit; padded for tp if need be)."""
+
+
+@dataclass(frozen=True)
+class SftDataConfig:
+    """Solved examples."""
+
+    train: str = "reasoning_gym:chain_sum"
+    """reasoning_gym:NAME, or a JSONL file with `problem`, `expected_answer` and optionally `solution`."""
+    options: dict[str, Scalar] = field(default_factory=dict)
+    """Options of the reasoning-gym task."""
+    train_size: int = 20000
+    """Number of examples generated (reasoning_gym only)."""
+    prompt_template: str = "{problem}"
+    """Prompt text; {problem} is replaced by the question. Use the same as the RL run."""
+    response_template: str = "\\boxed{{{answer}}}"
+    """Response text of an example that brings no solution; {answer} is replaced ({{ and }} are braces)."""
+
+
+@dataclass(frozen=True)
+class SftStepConfig:
+    """The supervised steps."""
+
+    steps: int = 400
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Examples a step over all ranks."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """`riskpo sft`: warm-start a model on solved examples; from model.path, or from nothing with `shape`."""
+
+    run: RunConfig = RunConfig(name="base")
+    model: ModelConfig = ModelConfig()
+    shape: ModelShapeConfig = ModelShapeConfig()
+    data: SftDataConfig = SftDataConfig()
+    sft: SftStepConfig = SftStepConfig()
+    actor: ActorConfig = ActorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="cosine")

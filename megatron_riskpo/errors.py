@@ -1,0 +1,17 @@
+"""Errors meant for the user: one line that says what was wrong, the numbers, and the remedy."""
+
+
+class RiskpoError(Exception):
+    """An error whose message is shown without a traceback; `exit_code` is the process's exit code."""
+
+    exit_code = 1
+
+
+class UsageError(RiskpoError):
+    """Bad configuration or bad input: nothing was started, the user has to change something (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunError(RiskpoError):
+    """A run that could not go on (exit code 1)."""

@@ -1,0 +1,105 @@
+"""What every rollout engine takes and gives back: ragged token ids, no padding.
+
+N = number of sequences = num_prompts * group_size; the group of prompt p is rows p*G .. p*G+G-1.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one `generate` call samples."""
+
+    group_size: int
+    """Responses a prompt."""
+    max_response_tokens: int
+    """A response is cut after so many tokens."""
+    temperature: float
+    """Softmax temperature; 0 is greedy."""
+    stop_token_ids: tuple[int, ...]
+    """A response ends with (and contains) the first of these."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses of a batch of prompts; flat and ragged, on the CPU."""
+
+    tokens: Tensor
+    """int64 [num_tokens]: prompt and response of sequence 0, then of sequence 1, ..."""
+    prompt_lengths: Tensor
+    """int64 [N], in tokens."""
+    response_lengths: Tensor
+    """int64 [N], in tokens, the stop token included."""
+    rollout_logprobs: Tensor
+    """float32 [num_response_tokens]: log-prob of each response token under the sampling distribution
+    (temperature applied)."""
+    finished: Tensor
+    """bool [N]: ended with a stop token (False: cut at the maximum length)."""
+
+    @property
+    def num_sequences(self) -> int:
+        return self.prompt_lengths.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [N]: prompt + response, in tokens."""
+        return self.prompt_lengths + self.response_lengths
+
+    def sequences(self) -> list[Tensor]:
+        """N tensors of prompt + response tokens (views)."""
+        return list(self.tokens.split(self.lengths.tolist()))
+
+    def responses(self) -> list[Tensor]:
+        """N tensors of response tokens, the stop token included (views)."""
+        return [s[p:] for s, p in zip(self.sequences(), self.prompt_lengths.tolist(), strict=True)]
+
+    def split_by_response(self, values: Tensor) -> list[Tensor]:
+        """Cut a flat [num_response_tokens] tensor into N pieces (views)."""
+        return list(values.split(self.response_lengths.tolist()))
+
+    def select(self, rows: Sequence[int]) -> "Rollouts":
+        """The given sequences, in the given order."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        sequences, logprobs = self.sequences(), self.split_by_response(self.rollout_logprobs)
+        return Rollouts(
+            tokens=torch.cat([sequences[i] for i in rows]) if len(rows) else self.tokens[:0],
+            prompt_lengths=self.prompt_lengths[index],
+            response_lengths=self.response_lengths[index],
+            rollout_logprobs=torch.cat([logprobs[i] for i in rows]) if len(rows) else self.rollout_logprobs[:0],
+            finished=self.finished[index],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["Rollouts"]) -> "Rollouts":
+        """One batch out of several, in order."""
+        fields = ("tokens", "prompt_lengths", "response_lengths", "rollout_logprobs", "finished")
+        return Rollouts(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+
+
+class RolloutEngine(Protocol):
+    """A sampler that runs SPMD in the training processes: every rank makes the same calls with the same
+    arguments and gets the same, whole result, however the engine spreads the work."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
+        """group_size responses to each prompt (token ids), in order. `seeds` (one a prompt, 0 <= seed < 2**63)
+        fix the samples: the same weights, prompts and seeds give the same responses."""
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights: (Hugging Face name, full tensor) pairs, the same on every rank. `version` is what
+        `weight_version` says afterwards; cached prefixes are dropped."""
+        ...
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the last complete update; -1 before the first."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; the process groups stay usable."""
+        ...
