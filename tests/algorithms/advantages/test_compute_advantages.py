@@ -1,0 +1,128 @@
+"""Properties that advantages have for any rewards, and what is refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_riskpo.algorithms import AlgorithmConfig, QuantileTracker, compute_advantages, validate_algorithm
+from megatron_riskpo.errors import UsageError
+
+SMALL = {"bundle_size": 2}
+CONFIGS = [
+    AlgorithmConfig(bundling=bundling, baseline=baseline, scale=scale, quantile_source=source, **SMALL)
+    for bundling in ("random", "self")
+    for baseline in ("natural", "leave_one_out", "mean")
+    for scale in ("none", "batch_std")
+    for source in ("global", "tracked")
+] + [AlgorithmConfig(estimator="grpo")]
+
+
+def advantages_of(rewards, config, seed=0, tracker=None):
+    generator = torch.Generator().manual_seed(seed)
+    return compute_advantages(rewards, config, generator=generator, tracker=tracker).advantages
+
+
+@st.composite
+def reward_matrices(draw):
+    num_prompts, group_size = draw(st.integers(2, 7)), draw(st.sampled_from([4, 6]))
+    values = draw(st.sampled_from([st.sampled_from([0.0, 1.0]), st.integers(-8, 8).map(lambda n: n / 8)]))
+    row = st.lists(values, min_size=group_size, max_size=group_size)
+    return torch.tensor(draw(st.lists(row, min_size=num_prompts, max_size=num_prompts)), dtype=torch.float64)
+
+
+@given(reward_matrices(), st.sampled_from(["random", "self"]), st.integers(0, 99))
+def test_natural_advantages_are_never_positive_and_touch_zero(rewards, bundling, seed):
+    advantages = advantages_of(rewards, AlgorithmConfig(bundling=bundling, **SMALL), seed)
+    assert float(advantages.max()) == 0
+
+
+@given(reward_matrices(), st.floats(0.01, 0.79), st.sampled_from(CONFIGS[:-1]))
+def test_without_omega_alpha_does_not_matter(rewards, alpha, config):
+    config = dataclasses.replace(config, omega=0.0)
+    moved = dataclasses.replace(config, alpha=alpha)
+    assert torch.equal(advantages_of(rewards, config), advantages_of(rewards, moved))
+
+
+@given(reward_matrices(), st.floats(0.1, 10), st.floats(-5, 5), st.sampled_from(CONFIGS[:-1]))
+def test_an_affine_change_of_the_rewards_scales_the_advantages(rewards, factor, shift, config):
+    expected = advantages_of(rewards, config) * (factor if config.scale == "none" else 1)
+    torch.testing.assert_close(advantages_of(factor * rewards + shift, config), expected, rtol=1e-6, atol=1e-9)
+
+
+@given(st.sampled_from(CONFIGS), st.floats(-3, 3), st.booleans())
+def test_equal_rewards_give_finite_and_bounded_advantages(config, value, tracked_elsewhere):
+    rewards = torch.full((5, 4), value, dtype=torch.float64)
+    tracker = QuantileTracker((0.2, 0.8), (1.0, 2.0), 0.0, 2.0) if tracked_elsewhere else None
+    advantages = advantages_of(rewards, config, tracker=tracker)
+    assert advantages.isfinite().all()
+    assert float(advantages.abs().max()) <= 30
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_pure_function_of_its_arguments(config):
+    rewards = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
+    before = rewards.clone()
+    assert torch.equal(advantages_of(rewards, config, 3), advantages_of(rewards, config, 3))
+    assert torch.equal(rewards, before)
+
+
+@pytest.mark.parametrize("bundling", ["random", "self"])
+def test_batch_std_makes_the_standard_deviation_one(bundling):
+    rewards = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)).round()
+    config = AlgorithmConfig(bundling=bundling, baseline="mean", scale="batch_std", **SMALL)
+    advantages = advantages_of(rewards, config)
+    assert float(advantages.std(unbiased=False)) == pytest.approx(1)
+    assert float(advantages.mean()) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"estimator": "gprp"}, "did you mean grpo"),
+        ({"estimator": "?"}, "choose from grpo, riskpo"),
+        ({"bundling": "slef"}, "did you mean self"),
+        ({"alpha": 0.8, "beta": 0.2}, "0 < alpha < beta <= 1"),
+        ({"alpha": 0.0}, "0 < alpha < beta <= 1"),
+        ({"beta": float("nan")}, "0 < alpha < beta <= 1"),
+        ({"omega": -0.1}, "0 or more"),
+        ({"omega": float("inf")}, "0 or more"),
+        ({"bundle_size": 0}, "1 or more"),
+        ({"bundle_size": 7}, "a step has 6"),
+        ({"tracker_decay": 1.5}, "between 0 and 1"),
+        ({"bundling": "self", "bundle_size": 3}, "divisor of rollout.group_size"),
+        ({"bundling": "self", "bundle_size": 4, "baseline": "leave_one_out"}, "group_size above 4"),
+        ({"estimator": "grpo", "scale": "batch_std"}, "no effect on grpo"),
+    ],
+)
+def test_impossible_options_are_refused_in_one_line(options, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        validate_algorithm(AlgorithmConfig(**options), num_prompts=6, group_size=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_grpo_and_leave_one_out_need_two_responses():
+    for config in (AlgorithmConfig(estimator="grpo"), AlgorithmConfig(baseline="leave_one_out")):
+        with pytest.raises(UsageError, match="group_size"):
+            validate_algorithm(config, num_prompts=6, group_size=1)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        (torch.zeros(8), "matrix"),
+        (torch.zeros(0, 4), "not empty"),
+        (torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]), "response 0 to question 1"),
+        (torch.tensor([[0.0, float("inf")]]), "response 1 to question 0"),
+    ],
+)
+def test_broken_rewards_are_refused(rewards, said):
+    with pytest.raises(UsageError, match=said):
+        compute_advantages(rewards, AlgorithmConfig(bundle_size=1))
+
+
+def test_lengths_of_another_shape_are_refused():
+    with pytest.raises(UsageError, match="one length a response"):
+        compute_advantages(torch.zeros(5, 4), AlgorithmConfig(), lengths=torch.zeros(4, 5, dtype=torch.long))
