@@ -43,10 +43,10 @@ def test_starts_at_the_quantiles_of_the_first_batch():
 
 
 def test_one_update_by_hand():
-    tracker = QuantileTracker((0.25, 0.75), (1.0, 3.0), score_min=0.0, score_max=4.0, num_updates=3)
-    moved = tracker.update(float64([0.0, 0.5, 2.0, 10.0]), step=0.1, decay=0.5)
+    tracker = QuantileTracker((0.5, 0.75), (1.0, 3.0), score_min=0.0, score_max=4.0, num_updates=3)
+    moved = tracker.update(float64([0.0, 1.0, 2.0, 10.0]), step=0.1, decay=0.5)
     gamma = 0.1 * 10.0 / 2  # range of all scores seen, fourth update
-    assert moved.values == pytest.approx((1.0 + gamma * (0.25 - 0.5), 3.0 + gamma * (0.75 - 0.75)))
+    assert moved.values == pytest.approx((1.0 + gamma * (0.5 - 0.25), 3.0 + gamma * (0.75 - 0.75)))
     assert (moved.score_min, moved.score_max, moved.num_updates) == (0.0, 10.0, 4)
 
 

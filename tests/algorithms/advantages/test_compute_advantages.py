@@ -78,6 +78,12 @@ def test_batch_std_makes_the_standard_deviation_one(bundling):
     assert float(advantages.mean()) == pytest.approx(0, abs=1e-12)
 
 
+def test_rounding_errors_are_not_scaled_up_to_advantages():
+    rewards = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1]], dtype=torch.float64)
+    config = AlgorithmConfig(bundling="self", bundle_size=3, scale="batch_std", alpha=0.5, beta=1.0)
+    assert 0 < float(advantages_of(rewards, config).abs().max()) < 1e-12  # .1 + .2 + .3 is not .3 + .2 + .1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
