@@ -1,0 +1,178 @@
+"""The actor: a Megatron model that scores rollouts, learns from them, and gives its weights away."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_riskpo.actor.model import PolicyModel, build_policy_model
+from megatron_riskpo.actor.model_config import read_hf_config
+from megatron_riskpo.actor.optimizer import build_optimizer, learning_rate, set_learning_rate
+from megatron_riskpo.actor.packing import MicroBatch, plan_micro_batches
+from megatron_riskpo.actor.passes import MicroBatchLoss, gather_logprobs, run_passes, sum_metrics
+from megatron_riskpo.algorithms.config import PolicyLossConfig
+from megatron_riskpo.algorithms.policy_loss import loss_normalizer, policy_loss
+from megatron_riskpo.checkpoint.hf import load_hf_weights, save_hf
+from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
+from megatron_riskpo.config import ActorConfig, OptimizerConfig
+from megatron_riskpo.distributed.grid import RankGrid
+from megatron_riskpo.resharding.export import export_weights, plan_export
+from megatron_riskpo.rollout.types import Rollouts
+
+
+@dataclass(frozen=True)
+class UpdateOutputs:
+    """What one pass of updates did."""
+
+    metrics: dict[str, float]
+    """actor/*: means over the mini-batches, the same on every rank."""
+    logprobs: Tensor
+    """float32 [num_response_tokens]: each response token's log-prob just before its mini-batch's optimizer step."""
+
+
+class Actor:
+    """One rank of the actor. Every method is collective: all ranks call it with the same arguments."""
+
+    def __init__(
+        self, hf_config: dict[str, Any], config: ActorConfig, optimizer: OptimizerConfig, dtype: torch.dtype,
+        grid: RankGrid, model_dir: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        """Weights come from the Hugging Face folder model_dir, or are random without one."""
+        self.hf_config = hf_config
+        self.config = config
+        self.optimizer_config = optimizer
+        self.grid = grid
+        self.family, self.shape = family_of(hf_config), shape_of(hf_config)
+        self.module: PolicyModel = build_policy_model(hf_config, config, dtype, grid)
+        self.module.to(grid.device)
+        if model_dir is not None:
+            load_hf_weights(self.module, model_dir, self.family, self.shape, grid.tp.rank(), grid.tp.size())
+        transformer = self.module.config
+        wrapped = Float16Module(transformer, self.module) if dtype == torch.bfloat16 else self.module
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed_optimizer
+        )
+        self.model = DistributedDataParallel(transformer, ddp, wrapped)
+        self.model.broadcast_params()
+        self.optimizer = build_optimizer(self.model, optimizer, dtype, config.distributed_optimizer)
+        transformer.grad_scale_func = self.optimizer.scale_loss
+        # Contributions are normalised already, so gradients are summed: no division by a number of tokens.
+        transformer.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
+            model, None, **kwargs
+        )
+        self.num_optimizer_steps = 0
+        self._export_plan = plan_export(self.module, self.family, self.shape, grid)
+
+    @classmethod
+    def from_hf(cls, model_dir: str | Path, config: ActorConfig, optimizer: OptimizerConfig, dtype: torch.dtype,
+                grid: RankGrid) -> "Actor":  # fmt: skip
+        """The actor of a Hugging Face model folder."""
+        return cls(read_hf_config(model_dir), config, optimizer, dtype, grid, model_dir)
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
+        """float32 [num_response_tokens]: log-prob of each response token, on every rank."""
+        plan = self._plan(rollouts)
+        self.model.eval()
+        results = self._run(rollouts, plan, temperature, loss=None)
+        self.model.train()
+        return gather_logprobs([r["logprobs"] for r in results], plan, rollouts, self.grid)
+
+    def update(
+        self, rollouts: Rollouts, advantages: Tensor, old_logprobs: Tensor | None, loss: PolicyLossConfig,
+        temperature: float, num_optimizer_steps_total: int,
+    ) -> UpdateOutputs:  # fmt: skip
+        """`config.mini_batches` optimizer steps on the given responses.
+
+        advantages [N] float64, one a response. old_logprobs float32 [num_response_tokens]; None takes each
+        mini-batch's own log-probs for old ones (right for one mini-batch, and saves a forward pass).
+        num_optimizer_steps_total is the length of the learning-rate schedule.
+        """
+        num_rows = rollouts.num_sequences
+        logprob_pieces: list[Tensor] = []
+        metrics: list[dict[str, float]] = []
+        old_pieces = rollouts.split_by_response(old_logprobs) if old_logprobs is not None else None
+        for rows in torch.arange(num_rows).chunk(self.config.mini_batches):
+            mini_batch = rollouts.select(rows.tolist())
+            old = torch.cat([old_pieces[row] for row in rows.tolist()]) if old_pieces is not None else None
+            micro_loss = _policy_micro_loss(mini_batch, advantages[rows], old, loss, self.grid.device)
+            logprobs, summed = self.train_step(mini_batch, micro_loss, temperature, num_optimizer_steps_total)
+            logprob_pieces.append(logprobs)
+            metrics.append(summed)
+        means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        return UpdateOutputs(means, torch.cat(logprob_pieces))
+
+    def train_step(
+        self, rollouts: Rollouts, loss: MicroBatchLoss, temperature: float, num_optimizer_steps_total: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """One optimizer step on a mini-batch: its log-probs before the step, and its metrics."""
+        plan = self._plan(rollouts)
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(rollouts, plan, temperature, loss)
+        set_learning_rate(
+            self.optimizer, learning_rate(self.optimizer_config, self.num_optimizer_steps, num_optimizer_steps_total)
+        )
+        _, grad_norm, _ = self.optimizer.step()
+        self.num_optimizer_steps += 1
+        logprobs = gather_logprobs([r.pop("logprobs") for r in results], plan, rollouts, self.grid)
+        return logprobs, sum_metrics(results, self.grid) | {"actor/grad_norm": float(grad_norm or 0.0)}
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, on every rank; exhaust it, the gathers are collective."""
+        return export_weights(self.module, self._export_plan, self.shape, self.grid)
+
+    def save_hf(self, target: str | Path, add_files: Callable[[Path], None]) -> None:
+        """Write a Hugging Face folder; `add_files` puts the tokenizer into it (on the writing rank)."""
+        save_hf(target, self.export_weights(), self.hf_config, add_files, is_writer=self.grid.rank == 0)
+
+    def _plan(self, rollouts: Rollouts) -> list[list[list[int]]]:
+        return plan_micro_batches(rollouts.lengths.tolist(), self.grid.dp.size(), self.config.micro_batch_tokens)
+
+    def _run(
+        self, rollouts: Rollouts, plan: Sequence[Sequence[Sequence[int]]], temperature: float,
+        loss: MicroBatchLoss | None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        pad_to_multiple = self.grid.tp.size() if self.config.sequence_parallel else 1
+        micro_batches = plan[self.grid.dp.rank()]
+        return run_passes(self.model, rollouts, micro_batches, temperature, pad_to_multiple, self.grid.device, loss)
+
+
+def _policy_micro_loss(
+    mini_batch: Rollouts, advantages: Tensor, old_logprobs: Tensor | None, config: PolicyLossConfig,
+    device: torch.device,
+) -> MicroBatchLoss:  # fmt: skip
+    """The policy loss of a mini-batch, as a function of one of its micro-batches."""
+    normalizer = loss_normalizer(config, mini_batch.response_lengths)
+    old_pieces = mini_batch.split_by_response(old_logprobs) if old_logprobs is not None else None
+    num_tokens = float(mini_batch.response_lengths.sum())
+
+    def loss(batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        old = logprobs.detach() if old_pieces is None else torch.cat([old_pieces[r] for r in batch.rows]).to(device)
+        outputs = policy_loss(
+            logprobs, old, advantages[list(batch.rows)].to(device), batch.response_lengths, config, normalizer,
+            entropies if config.entropy_coefficient else None,
+        )  # fmt: skip
+        return outputs.loss, outputs.metrics | {"actor/entropy": entropies.detach().sum() / num_tokens}
+
+    return loss
+
+
+def supervised_loss(mini_batch: Rollouts) -> MicroBatchLoss:
+    """Mean negative log-prob of the response tokens of a mini-batch of solved examples."""
+    num_tokens = float(mini_batch.response_lengths.sum())
+
+    def loss(batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        contribution = -logprobs.sum() / num_tokens
+        return contribution, {"sft/loss": contribution.detach()}
+
+    return loss

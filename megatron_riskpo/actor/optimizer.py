@@ -1,0 +1,109 @@
+"""AdamW under Megatron's optimizers, and what torch's AdamW needs mended in megatron-core 0.16.1.
+
+Without TransformerEngine and Apex, Megatron wraps torch.optim.AdamW. Its distributed optimizer then loses track of
+AdamW's `step` in checkpoints, in three ways; each is mended here, and nothing is done where another Adam is used.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_riskpo.config import OptimizerConfig
+
+
+def build_optimizer(
+    model: DistributedDataParallel, config: OptimizerConfig, dtype: torch.dtype, distributed: bool
+) -> MegatronOptimizer:
+    """AdamW with float32 main weights; its state sharded over data-parallel ranks if `distributed`."""
+    _let_load_pass_step_through()
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=distributed,
+        ),
+        [model],
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based) of num_steps.
+
+    A function of the step alone: there is no scheduler state that a resume could restore wrongly.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Use this learning rate from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its AdamW state before a checkpoint is loaded into a fresh optimizer.
+
+    torch allocates it at the first step; Megatron's loader takes it for granted. The load overwrites the values.
+    """
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter].update(
+                        step=torch.tensor(0.0),
+                        exp_avg=torch.zeros_like(parameter.data),
+                        exp_avg_sq=torch.zeros_like(parameter.data),
+                    )
+
+
+def unshare_steps(optimizer: MegatronOptimizer) -> None:
+    """After a load: give every parameter a `step` of its own.
+
+    Megatron's loader hands one tensor to all of them; AdamW would then count one step per parameter.
+    """
+    for adam in _torch_adams(optimizer):
+        for state in adam.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            yield inner.optimizer
+
+
+def _let_load_pass_step_through() -> None:
+    """The loader looks for every state of AdamW among the loaded tensors, but `step` is saved with the parameter
+    groups, and already restored from there."""
+    plain = DistributedOptimizer._set_main_param_and_optimizer_states
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @functools.wraps(plain)
+    def with_step(self: DistributedOptimizer, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        known = {"step": state["step"]} if "step" in state else {}
+        plain(self, model_param, {**known, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step  # type: ignore[method-assign]

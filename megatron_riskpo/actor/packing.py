@@ -1,0 +1,117 @@
+"""Which sequences go together: ragged rollouts to data-parallel ranks and packed micro-batches. No padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_riskpo.actor.attention import SequenceBuckets
+from megatron_riskpo.rollout.types import Rollouts
+
+
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of a packed micro-batch, and the buckets that SDPACoreAttention works on."""
+
+    @cached_property
+    def buckets(self) -> SequenceBuckets:
+        """Worked out by the first layer that asks, shared by the others."""
+        return SequenceBuckets(self.cu_seqlens_q)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed sequences; t tokens, n targets (the response tokens of all sequences, in order)."""
+
+    rows: tuple[int, ...]
+    """Which sequences of the batch these are."""
+    input_ids: Tensor
+    """int64 [1, t]."""
+    position_ids: Tensor
+    """int64 [1, t]: position in its own sequence."""
+    packed: PackedSequences
+    """Boundaries of the sequences."""
+    predictor: Tensor
+    """int64 [n]: for each target the position in the pack that predicts it (the token before)."""
+    targets: Tensor
+    """int64 [n]."""
+    response_lengths: Tensor
+    """int64 [len(rows)]; sums to n."""
+
+
+def _largest_first(lengths: Sequence[int], num_bins: int, bin_capacity: int | None = None) -> list[list[int]]:
+    """Each sequence, longest first, into the least loaded bin (that holds fewer than bin_capacity sequences)."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        open_bins = [b for b in range(num_bins) if bin_capacity is None or len(bins[b]) < bin_capacity]
+        lightest = min(open_bins, key=lambda b: (loads[b], b))
+        bins[lightest].append(i)
+        loads[lightest] += lengths[i]
+    return [sorted(members) for members in bins]
+
+
+def _bins_needed(lengths: Sequence[int], max_tokens: int) -> int:
+    """Micro-batches that hold these sequences within the budget (first-fit, longest first)."""
+    loads: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = next((b for b, load in enumerate(loads) if load + length <= max_tokens), None)
+        if fitting is None:
+            loads.append(length)
+        else:
+            loads[fitting] += length
+    return len(loads)
+
+
+def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """plan[rank][micro_batch] = sequence indices; every rank has equally many sequences and micro-batches.
+
+    `lengths` are in tokens; a micro-batch holds at most max_tokens, but for a single longer sequence, and where
+    balance over the bins leaves one a few tokens fuller. num_ranks must divide len(lengths).
+    """
+    if len(lengths) % num_ranks:
+        raise ValueError(f"{len(lengths)} sequences do not divide over {num_ranks} data-parallel ranks")
+    per_rank = _largest_first(lengths, num_ranks, bin_capacity=len(lengths) // num_ranks)
+    num_bins = max(_bins_needed([lengths[i] for i in rows], max_tokens) for rows in per_rank)
+    return [
+        [[rows[i] for i in members] for members in _largest_first([lengths[i] for i in rows], num_bins)]
+        for rows in per_rank
+    ]
+
+
+def pack(rollouts: Rollouts, rows: Sequence[int], pad_to_multiple: int, device: torch.device) -> MicroBatch:
+    """Lay the given sequences end to end. Under sequence parallelism the total must divide by the
+    tensor-parallel size: `pad_to_multiple` adds a last dummy sequence without targets."""
+    chosen = rollouts.select(rows)
+    lengths = chosen.lengths
+    padding = -int(lengths.sum()) % pad_to_multiple
+    if padding:
+        lengths = torch.cat([lengths, torch.tensor([padding])])
+    tokens = torch.nn.functional.pad(chosen.tokens, (0, padding))
+    starts = lengths.cumsum(0) - lengths
+    position_ids = torch.arange(tokens.numel()) - starts.repeat_interleave(lengths)
+    num_rows = len(rows)
+    first_target = (starts[:num_rows] + chosen.prompt_lengths).repeat_interleave(chosen.response_lengths)
+    response_starts = chosen.response_lengths.cumsum(0) - chosen.response_lengths
+    offset = torch.arange(first_target.numel()) - response_starts.repeat_interleave(chosen.response_lengths)
+    target_positions = first_target + offset
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
+    longest = int(lengths.max())
+    packed = PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return MicroBatch(
+        rows=tuple(rows),
+        input_ids=tokens[None].to(device),
+        position_ids=position_ids[None].to(device),
+        packed=packed,
+        predictor=(target_positions - 1).to(device),
+        targets=tokens[target_positions].to(device),
+        response_lengths=chosen.response_lengths.to(device),
+    )

@@ -1,0 +1,42 @@
+"""Which modules a transformer layer is made of: TransformerEngine's on CUDA where it is installed, else plain torch."""
+
+import importlib.util
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_riskpo.actor.attention import SDPACoreAttention
+from megatron_riskpo.actor.norm import RMSNorm
+
+
+def use_transformer_engine() -> bool:
+    """TransformerEngine needs a GPU; without it the local modules do the same mathematics."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage."""
+    if use_transformer_engine():
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, pp_rank=pp_rank)
+    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[_local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+
+
+def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Megatron's local layer with our core attention (packed sequences) and norm (sequence parallelism)."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    for owner, names in (
+        (layer, ("input_layernorm", "pre_mlp_layernorm")),
+        (attention, ("q_layernorm", "k_layernorm")),
+    ):
+        for name in names:
+            if getattr(owner, name) not in (None, IdentityOp):
+                setattr(owner, name, RMSNorm)
+    return spec

@@ -1,0 +1,30 @@
+"""pass@k of the current policy on held-out questions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed import ProcessGroup
+
+from megatron_riskpo.config import EvaluationConfig
+from megatron_riskpo.evaluation.passk import pass_at_k_table
+from megatron_riskpo.rewards.pool import GraderPool
+from megatron_riskpo.rewards.scoring import score_rollouts
+from megatron_riskpo.rollout.types import RolloutEngine, SamplingConfig
+
+
+def evaluate(
+    engine: RolloutEngine, prompts: Sequence[Sequence[int]], answers: Sequence[str], sampling: SamplingConfig,
+    seeds: Sequence[int], config: EvaluationConfig, tokenizer: Any, pool: GraderPool, world: ProcessGroup,
+    name: str = "heldout",
+) -> dict[str, float]:  # fmt: skip
+    """Unbiased eval/<name>/pass@k, with response length (tokens) and the share of truncated responses. Collective.
+
+    A response is correct if its reward is above 0.5.
+    """
+    rollouts = engine.generate(prompts, sampling, seeds)
+    rewards = score_rollouts(rollouts, answers, tokenizer, pool, world)
+    table = pass_at_k_table(rewards.matrix > 0.5, config.ks)
+    return {f"eval/{name}/pass@{k}": value for k, value in table.items()} | {
+        f"eval/{name}/response_length": float(rollouts.response_lengths.double().mean()),
+        f"eval/{name}/truncated": float((~rollouts.finished).double().mean()),
+    }

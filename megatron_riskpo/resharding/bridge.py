@@ -1,0 +1,66 @@
+"""From the actor to the rollout engine: push the weights, and on demand prove that they arrived."""
+
+import torch
+import torch.distributed as dist
+
+from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.config import BridgeConfig
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.rollout.types import RolloutEngine, Rollouts
+
+PROBE_SEQUENCES = 8
+PROBE_LENGTH = 32
+
+
+class Bridge:
+    """Keeps the rollout engine on the actor's weights."""
+
+    def __init__(self, actor: Actor, engine: RolloutEngine, config: BridgeConfig, seed: int) -> None:
+        self.actor = actor
+        self.engine = engine
+        self.config = config
+        self.probe = _probe(actor.shape.vocab_size, seed)
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Bring the engine to the actor's weights and call them `version`. Collective.
+
+        With `verify` returns bridge/verify_logprob_abs_mean. Raises RunError when the engine reports another
+        version, or when the log-probs differ by more than the tolerance.
+        """
+        weights = () if self.engine.shares_weights else self.actor.export_weights()
+        self.engine.update_weights(weights, version)
+        if self.engine.weight_version != version:
+            raise RunError(
+                f"weight sync: sent version {version}, the engine reports {self.engine.weight_version}; "
+                "the engine is not usable any more, restart the run from its last checkpoint"
+            )
+        return self._verify(version) if self.config.verify else {}
+
+    def _verify(self, version: int) -> dict[str, float]:
+        expected = self.actor.logprobs(self.probe, temperature=1.0)
+        found = torch.cat(self.engine.token_logprobs([s.tolist() for s in self.probe.sequences()]))
+        worst = (found - expected).abs().mean().to(self.actor.grid.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.actor.grid.world)
+        difference = float(worst)
+        # "not <=" so that NaN is refused too
+        if not difference <= self.config.tolerance:
+            raise RunError(
+                f"bridge.verify: after sync {version} log-probs of engine and actor differ by {difference:.2e} nats on "
+                f"average, tolerance {self.config.tolerance:.1e}; the engine holds wrong weights (or raise "
+                "bridge.tolerance for a lower-precision dtype)"
+            )
+        return {"bridge/verify_logprob_abs_mean": difference}
+
+
+def _probe(vocab_size: int, seed: int) -> Rollouts:
+    """Random token sequences: they reach every embedding row sooner or later, unlike the task's own text."""
+    generator = torch.Generator().manual_seed(seed)
+    ones = torch.ones(PROBE_SEQUENCES, dtype=torch.long)
+    tokens = torch.randint(0, vocab_size, (PROBE_SEQUENCES * PROBE_LENGTH,), generator=generator)
+    return Rollouts(
+        tokens=tokens,
+        prompt_lengths=ones,
+        response_lengths=ones * (PROBE_LENGTH - 1),
+        rollout_logprobs=torch.zeros(PROBE_SEQUENCES * (PROBE_LENGTH - 1)),
+        finished=ones.bool(),
+    )

@@ -1,0 +1,120 @@
+"""`riskpo train` on one rank: build the parts, run the loop, export, report."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.config_io import load_model_config, write_run_record
+from megatron_riskpo.data.prompts import encode_prompts
+from megatron_riskpo.data.questions import Question, load_split
+from megatron_riskpo.data.stream import PromptStream
+from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, stop_token_ids
+from megatron_riskpo.distributed.grid import RankGrid
+from megatron_riskpo.distributed.launch import RankEnv
+from megatron_riskpo.distributed.runtime import rank_runtime
+from megatron_riskpo.distributed.signals import StopSignal
+from megatron_riskpo.errors import UsageError
+from megatron_riskpo.observability.observer import Observer
+
+MATH_GRADER = "megatron_riskpo.rewards.math_grader:grade_math"
+
+
+def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
+    """Train, from the newest complete checkpoint if there is one. Exit code 0: done, or stopped by a signal."""
+    run_dir = Path(config.run.dir) / config.run.name
+    with rank_runtime(env, config.run, config.actor) as grid, contextlib.ExitStack() as stack:
+        from megatron_riskpo.checkpoint.training_state import agree_on_latest, load_checkpoint
+
+        checkpoint = agree_on_latest(run_dir / "checkpoints", grid.world)
+        if checkpoint is not None and config.run.resume == "never":
+            raise UsageError(
+                f"{run_dir} holds {checkpoint.name}; choose another run.name, delete the folder, or set run.resume=auto"
+            )
+        trainer = _build(config, grid, stop, run_dir, stack)
+        if checkpoint is not None:
+            trainer.restore(load_checkpoint(checkpoint, trainer.actor))
+            trainer.observer.log(f"resumed from {checkpoint} at step {trainer.step}")
+        if grid.rank == 0:
+            write_run_record(config, run_dir)
+        completed = trainer.run()
+        if completed:
+            trainer.actor.save_hf(
+                run_dir / "hf", lambda folder: carry_tokenizer(trainer.tokenizer, config.model.path, folder)
+            )
+    if grid.rank == 0:
+        _conclude(run_dir, completed, trainer.step, config.run.steps)
+    return 0
+
+
+def _build(
+    config: TrainConfig, grid: RankGrid, stop: StopSignal, run_dir: Path, stack: contextlib.ExitStack
+) -> Any:
+    # Megatron may only be imported once rank_runtime has put the CPU backend in place.
+    from megatron_riskpo.actor.actor import Actor
+    from megatron_riskpo.resharding.bridge import Bridge
+    from megatron_riskpo.rewards.pool import GraderPool
+    from megatron_riskpo.trainer import EncodedQuestions, Trainer
+
+    observer = Observer(run_dir, config.logging, config.run.steps, is_writer=grid.rank == 0)
+    tokenizer = load_tokenizer(config.model.path)
+
+    def encoded(questions: list[Question], what: str) -> EncodedQuestions:
+        prompts, kept = encode_prompts(
+            questions, tokenizer, config.data.prompt_template, config.data.chat_template, config.data.max_prompt_tokens
+        )
+        if len(kept) < len(questions):
+            observer.log(f"{what}: left out {len(questions) - len(kept)} of {len(questions)} questions, prompt too long")
+        chosen = [questions[i] for i in kept]
+        return EncodedQuestions(prompts, [q.problem for q in chosen], [q.expected_answer for q in chosen])
+
+    train_questions, held_out_questions = load_split(config.data, config.run.seed)
+    train_set, held_out = encoded(train_questions, "training"), encoded(held_out_questions, "held out")
+    actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
+    engine = _build_engine(config, actor, grid)
+    stack.callback(engine.close)
+    pool = GraderPool(MATH_GRADER, config.rewards.workers, config.rewards.timeout_s)
+    stack.callback(pool.close)
+    return Trainer(
+        config=config,
+        actor=actor,
+        engine=engine,
+        bridge=Bridge(actor, engine, config.bridge, config.run.seed),
+        pool=pool,
+        tokenizer=tokenizer,
+        train_set=train_set,
+        held_out=held_out,
+        stream=PromptStream(len(train_set.prompts), config.data.prompts_per_step, config.run.seed),
+        stop_token_ids=stop_token_ids(config.model.path, tokenizer),
+        stop=stop,
+        observer=stack.enter_context(observer),
+        run_dir=run_dir,
+    )
+
+
+def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid) -> Any:
+    # One more than the longest sequence: bridge.verify scores whole sequences, for which vLLM samples one token.
+    max_length = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, 32) + 1
+    if config.rollout.engine == "megatron":
+        from megatron_riskpo.rollout.megatron_engine import MegatronEngine
+
+        return MegatronEngine(actor.module, grid, max_length, config.rollout.max_num_seqs)
+    from megatron_riskpo.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_length, world_group=grid.world,
+        seed=config.run.seed, bucket_mib=config.bridge.bucket_mib,
+    )  # fmt: skip
+
+
+def _conclude(run_dir: Path, completed: bool, step: int, num_steps: int) -> None:
+    from megatron_riskpo.observability.report import summary_table, write_report
+
+    report = write_report(run_dir)
+    if not completed:
+        print(f"stopped by a signal after step {step} of {num_steps}; run the same command to go on")
+        return
+    print(summary_table(run_dir))
+    print(f"model: {run_dir / 'hf'}\nreport: {report}")
