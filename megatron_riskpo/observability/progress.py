@@ -57,11 +57,14 @@ class Progress:
         if step > 0:
             self._durations.append(now - self._step_start)
         self._step_start = now
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=describe(metrics, self._eta(step)))
-            self._bar.refresh()
-        else:
-            self.log(f"step {step}/{self._total} {describe(metrics, self._eta(step))}")
+        learning, phases, evaluations, eta = describe(metrics, self._eta(step))
+        if self._bar is None:
+            self.log(f"step {step}/{self._total} {join(learning, phases, evaluations, eta)}")
+            return
+        if evaluations:
+            self.log(f"step {step}/{self._total} {evaluations}")
+        self._bar.update(self._task, completed=step, status=join(learning, eta))
+        self._bar.refresh()
 
     def _eta(self, step: int) -> float | None:
         """Seconds to go; None before the first step."""
@@ -71,20 +74,23 @@ class Progress:
 
 
 def make_bar(console: Console) -> RichProgress:
-    # No refresh thread: a grader process forked while the thread holds the console's lock would hang.
+    # The bar itself only where the numbers leave room for it (80 columns do not).
+    bar = [BarColumn(bar_width=16)] if console.width >= 100 else []
     return RichProgress(
         TextColumn("step"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=16),
+        *bar,
         TextColumn("{task.fields[status]}", markup=False),
         TextColumn("[cyan]{task.fields[phase]}"),
         console=console,
+        # No refresh thread: a grader process forked while the thread holds the console's lock would hang.
         auto_refresh=False,
     )
 
 
-def describe(metrics: Mapping[str, Any], eta_s: float | None) -> str:
-    """`reward 0.41 entropy 0.83 | 1234 tok/s | rollout 0.31 s update 0.42 s | ETA 2:13`, of what is there."""
+def describe(metrics: Mapping[str, Any], eta_s: float | None) -> tuple[str, str, str, str]:
+    """A step in words, each empty where its metrics are missing: `reward 0.410 entropy 0.834 | 1234 tok/s`,
+    `rollout 0.31 s update 0.42 s`, `heldout/pass@1 0.250`, `ETA 02:13`."""
     learning = labelled(metrics, {"reward/mean": "reward", "actor/entropy": "entropy"})
     speed = metrics.get("rollout/tokens_per_second")
     phases = [
@@ -93,16 +99,15 @@ def describe(metrics: Mapping[str, Any], eta_s: float | None) -> str:
         if key.startswith("time/")
     ]
     evaluations = labelled(metrics, {key: key.removeprefix("eval/") for key in metrics if key.startswith("eval/")})
-    parts = [
-        learning,
-        f"{speed:.0f} tok/s" if speed is not None else "",
-        " ".join(phases),
-        evaluations,
-        f"ETA {str(timedelta(seconds=round(eta_s))).removeprefix('0:')}" if eta_s is not None else "",
-    ]
+    eta = f"ETA {str(timedelta(seconds=round(eta_s))).removeprefix('0:')}" if eta_s is not None else ""
+    return join(learning, f"{speed:.0f} tok/s" if speed is not None else ""), " ".join(phases), evaluations, eta
+
+
+def join(*parts: str) -> str:
     return " | ".join(part for part in parts if part)
 
 
 def labelled(metrics: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """`label value` of the metrics that are there."""
     found = ((label, metrics.get(key)) for key, label in labels.items())
     return " ".join(f"{label} {value:.3f}" for label, value in found if value is not None)

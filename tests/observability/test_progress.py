@@ -1,6 +1,7 @@
 """Progress lines, read back from the console's text."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -18,8 +19,8 @@ METRICS = {
 }
 
 
-def make_console(terminal: bool) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=160, highlight=False)
+def make_console(terminal: bool, width: int = 160) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, highlight=False, color_system=None)
 
 
 def text_of(console: Console) -> str:
@@ -47,18 +48,22 @@ def test_quiet_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_live_line_shows_step_and_phase() -> None:
-    console = make_console(terminal=True)
+@pytest.mark.parametrize("width", [80, 160])
+def test_live_line_shows_step_and_phase(width: int) -> None:
+    console = make_console(True, width)
     with Progress(150, True, console, start_step=11) as progress:
         timer = PhaseTimer(on_phase=progress.phase)
         with timer("rollout"):
             assert "rollout" in text_of(console)
-        progress.step(12, METRICS)
+        progress.step(12, METRICS | {"eval/heldout/pass@1": 0.25})
+        progress.phase("update")
         progress.log("a note")
     shown = text_of(console)
     assert " 12/150" in shown
     assert "11/150" in shown
-    assert "reward 0.410 entropy 0.834 | 1234 tok/s" in shown
+    # Whole, also on 80 columns.
+    assert re.search(r"reward 0\.410 entropy 0\.834 \| 1234 tok/s \| ETA \d\d:\d\d\s+update", shown)
+    assert "step 12/150 heldout/pass@1 0.250" in shown
     assert "a note" in shown
 
 
