@@ -66,7 +66,8 @@ def _build(
             questions, tokenizer, config.data.prompt_template, config.data.chat_template, config.data.max_prompt_tokens
         )
         if len(kept) < len(questions):
-            observer.log(f"{what}: left out {len(questions) - len(kept)} of {len(questions)} questions, prompt too long")
+            num_left_out = len(questions) - len(kept)
+            observer.log(f"{what}: left out {num_left_out} of {len(questions)} questions, prompt too long")
         chosen = [questions[i] for i in kept]
         return EncodedQuestions(prompts, [q.problem for q in chosen], [q.expected_answer for q in chosen])
 

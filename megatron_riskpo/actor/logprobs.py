@@ -22,6 +22,11 @@ def _row_chunks(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, logits.size(0), rows)]
 
 
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """A float32 copy over the temperature; a copy even of float32 logits, so that it may be worked on in place."""
+    return logits.to(torch.float32, copy=True).div_(temperature)
+
+
 def _local_targets(targets: Tensor, first_id: int, num_ids: int) -> tuple[Tensor, Tensor]:
     """Target columns on this rank (0 where elsewhere), and whether they are here."""
     here = (targets >= first_id) & (targets < first_id + num_ids)
@@ -40,7 +45,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         columns, here = _local_targets(targets, first_id, logits.size(1))
         sums = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device)
         for rows in _row_chunks(logits):
-            shifted = logits[rows].float().div_(temperature).sub_(maximum[rows, None])
+            shifted = _scaled(logits[rows], temperature).sub_(maximum[rows, None])
             sums[2, rows] = shifted.gather(1, columns[rows, None])[:, 0] * here[rows]
             exponentials = shifted.exp()
             sums[0, rows] = exponentials.sum(dim=1)
@@ -60,7 +65,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         logits, columns, here, log_normalizer, mean_scaled = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for rows in _row_chunks(logits):
-            scaled = logits[rows].float().div_(ctx.temperature)
+            scaled = _scaled(logits[rows], ctx.temperature)
             probs = (scaled - log_normalizer[rows, None]).exp_()
             chunk = torch.zeros_like(scaled)
             if grad_entropy is not None:
