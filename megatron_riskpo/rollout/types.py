@@ -5,7 +5,7 @@ N = number of sequences = num_prompts * group_size; the group of prompt p is row
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +84,9 @@ class Rollouts:
 class RolloutEngine(Protocol):
     """A sampler that runs SPMD in the training processes: every rank makes the same calls with the same
     arguments and gets the same, whole result, however the engine spreads the work."""
+
+    shares_weights: ClassVar[bool]
+    """Samples from the actor's own parameters: `update_weights` reads no tensors, so none need be exported."""
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
         """group_size responses to each prompt (token ids), in order. `seeds` (one a prompt, 0 <= seed < 2**63)
