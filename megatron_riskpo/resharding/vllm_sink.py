@@ -1,0 +1,121 @@
+"""Weights into a running vLLM engine: the driver's side and the worker's side.
+
+The route is vLLM 0.32's layerwise reload. On the CPU it is the only right one: Linear weights are packed into oneDNN
+handlers and the parameters are emptied, so that a plain `model.load_weights` fails half-way.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def checkpoint_shapes(model_dir: str | Path, *, tied_embeddings: bool) -> Shapes:
+    """Names and shapes in the folder's *.safetensors headers: what a complete push brings.
+
+    With tied embeddings `lm_head.weight` is not a weight of its own and left out, as are rotary tables.
+    """
+    from safetensors import safe_open
+
+    files = sorted(Path(model_dir).glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"model.path: no *.safetensors in {model_dir}; give a Hugging Face model folder")
+    shapes: Shapes = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    if tied_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def checked(weights: Iterable[NamedTensor], shapes: Shapes) -> Iterator[NamedTensor]:
+    """Pass the weights through; RunError on a name that is unknown, repeated, of another shape, or missing at the end.
+
+    vLLM itself ignores a missing tensor (the old values stay).
+    """
+    missing = dict(shapes)
+    for name, tensor in weights:
+        if name not in missing:
+            what = "came twice" if name in shapes else f"is none of the {len(shapes)} weights of the model"
+            raise RunError(f"weight {name!r} {what}; the weight map and model.path do not fit together")
+        shape = missing.pop(name)
+        if tuple(tensor.shape) != shape:
+            raise RunError(f"weight {name!r} has shape {tuple(tensor.shape)}, the engine's model has {shape}")
+        yield name, tensor
+    if missing:
+        raise RunError(f"{len(missing)} of {len(shapes)} weights did not come, the first is {min(missing)!r}")
+
+
+def push_weights(
+    llm: "LLM", weights: Iterable[NamedTensor], version: int, *, shapes: Shapes, bucket_bytes: int
+) -> None:
+    """Stream full HF tensors into the engine's workers and drop cached prefixes.
+
+    vLLM keeps references until a layer is complete: a pushed tensor must not be written to before this returns.
+    Any exception leaves the engine half-updated.
+    """
+    llm.collective_rpc("riskpo_begin_update")
+    for bucket in bucketed(checked(weights, shapes), bucket_bytes):
+        llm.collective_rpc("riskpo_load_bucket", args=(bucket,))
+    llm.collective_rpc("riskpo_finish_update", args=(version,))
+    if not llm.reset_prefix_cache():
+        raise RunError("vLLM kept its cached prefixes because requests are running; push between generate calls only")
+
+
+class WeightSink:
+    """Mixed into vLLM's worker class (`worker_extension_cls`); the methods run in the worker."""
+
+    model_runner: Any
+    model_config: Any
+    vllm_config: Any
+    _riskpo_weight_version = -1
+
+    def riskpo_begin_update(self) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._riskpo_weight_version = -1
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model_runner.get_model())
+
+    def riskpo_load_bucket(self, bucket: list[NamedTensor]) -> None:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.get_model().load_weights(iter(bucket))
+
+    def riskpo_finish_update(self, version: int) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(model, self.model_config)
+            _repack_embeddings(model)
+        self._riskpo_weight_version = version
+
+    def riskpo_get_version(self) -> int:
+        return self._riskpo_weight_version
+
+
+def _repack_embeddings(model: nn.Module) -> None:
+    """vLLM 0.32 on the CPU: a tied output layer shares the embedding's parameter but keeps its own packed copy of
+    it, which a layerwise reload leaves at the old values. Packing again is the same step as after loading."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)

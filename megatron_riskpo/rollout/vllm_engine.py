@@ -1,0 +1,262 @@
+"""vLLM in the training processes: one engine a `tp` consecutive ranks, token ids in and out."""
+
+import contextlib
+import gc
+import itertools
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_riskpo.config import RolloutConfig
+from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.resharding.vllm_sink import checkpoint_shapes, push_weights
+from megatron_riskpo.rollout.prompt_checks import check_prompts
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
+from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
+from megatron_riskpo.rollout.vllm_environment import (
+    import_vllm,
+    kept_default_group,
+    prepare_environment,
+    preserved_process_state,
+    preserved_rng,
+    without_import_noise,
+)
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+_WEIGHT_SINK = "megatron_riskpo.resharding.vllm_sink.WeightSink"
+
+
+class VllmEngine:
+    """RolloutEngine on vLLM; the default process group has to be there already (vLLM takes it over).
+
+    A fresh engine has no weights until the first `update_weights`, unless `load_checkpoint` is set.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        max_model_len: int,
+        world_group: ProcessGroup,
+        seed: int,
+        bucket_mib: float = 512.0,
+        load_checkpoint: bool = False,
+    ) -> None:
+        """`max_model_len`: longest prompt + response, in tokens (one more for `token_logprobs`). Collective."""
+        if world_group.size() % config.tp:
+            raise UsageError(
+                f"rollout.tp = {config.tp} does not divide the {world_group.size()} ranks; choose a divisor"
+            )
+        self._tp = config.tp
+        self._group = world_group
+        self._max_model_len = max_model_len
+        self._bucket_bytes = int(bucket_mib * 2**20)
+        self._weight_version = -1
+        self._unusable = "" if load_checkpoint else "has no weights yet; call update_weights first"
+        prepare_environment(world_group.rank())
+        arguments = _engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
+        self._llm = _build(str(model_dir), arguments | _platform_arguments(config, world_group))
+        hf_config = self._llm.model_config.hf_text_config
+        self._vocab_size = self._llm.model_config.get_vocab_size()
+        self._shapes = checkpoint_shapes(model_dir, tied_embeddings=hf_config.tie_word_embeddings)
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the last complete update; -1 before the first."""
+        return self._weight_version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
+        """See RolloutEngine. Prompts are dealt to the engines in contiguous slices. The same weights, prompts and
+        seeds give the same bits on the same layout; another number of engines changes the batches that vLLM forms,
+        so log-probs may differ in the last bits."""
+        self._check_usable()
+        check_prompts(prompts, sampling.max_response_tokens, self._max_model_len, self._vocab_size)
+        num_replicas, replica = self._group.size() // self._tp, self._group.rank() // self._tp
+        mine = slice_of(len(prompts), num_replicas, replica)
+        outputs = self._run(prompts[mine], sampling, seeds[mine])
+        local = _to_responses(outputs)
+        return join_prompts(
+            prompts,
+            sampling.group_size,
+            gather_responses(local, len(prompts), sampling.group_size, self._tp, self._group),
+        )
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> "list[RequestOutput]":
+        from vllm import SamplingParams
+
+        requests = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(sampling.group_size)]
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                seed=request_seed,
+                max_tokens=sampling.max_response_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=True,  # only stop_token_ids stop
+                logprobs=0,  # the sampled token's
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for seed in seeds
+            for request_seed in request_seeds(seed, sampling.group_size)
+        ]
+        return self._complete(requests, params)
+
+    def _complete(self, requests: list[dict[str, list[int]]], params: list[Any]) -> "list[RequestOutput]":
+        if not requests:
+            return []
+        # Prefixes cached by an earlier call would change how this one is batched, and with it the last bits.
+        self._llm.reset_prefix_cache()
+        with preserved_rng(), _without_compiler():
+            return self._llm.generate(requests, params, use_tqdm=False)
+
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Teacher-forced log-probs at temperature 1 by this rank's engine: for each sequence float32
+        [len(sequence) - 1], entry i that of token i + 1 given the tokens before it. Every rank of an engine
+        passes the same sequences. (vLLM applies no temperature to the tokens of a prompt.)"""
+        from vllm import SamplingParams
+
+        self._check_usable()
+        check_prompts(sequences, 1, self._max_model_len, self._vocab_size)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
+        )
+        requests = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        outputs = self._complete(requests, [params] * len(requests))
+        return [torch.tensor(output.prompt_logprobs.logprobs, dtype=torch.float32) for output in outputs]
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See RolloutEngine. Tensors must stay unchanged until this returns. A push that fails in any way leaves
+        the engine unusable: RunError, now and at every later call. Collective."""
+        if self._unusable and self._weight_version != -1:
+            self._check_usable()
+        self._unusable = f"is half-updated (push of version {version} did not end); restart from the last checkpoint"
+        try:
+            push_weights(self._llm, weights, version, shapes=self._shapes, bucket_bytes=self._bucket_bytes)
+        except RunError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"vLLM refused weights of version {version}: {type(error).__name__}: {reason}") from error
+        self._check_versions(version)
+        self._weight_version = version
+        self._unusable = ""
+
+    def _check_versions(self, version: int) -> None:
+        """RunError on every rank when any worker holds another version."""
+        (own,) = self._llm.collective_rpc("riskpo_get_version")
+        versions = [0] * self._group.size()
+        dist.all_gather_object(versions, own, group=self._group)
+        if set(versions) != {version}:
+            raise RunError(f"weights of version {version} were pushed, but the ranks' vLLM workers hold {versions}")
+
+    def close(self) -> None:
+        """Free the engine's memory; the default process group and the trainer's groups stay usable."""
+        if self._llm is None:
+            return
+        _shut_down(self._llm)
+        self._llm = None
+        self._unusable = "is closed"
+        gc.collect()
+
+    def _check_usable(self) -> None:
+        if self._unusable:
+            raise RunError(f"the vLLM engine {self._unusable}")
+
+
+def request_seeds(seed: int, group_size: int) -> list[int]:
+    """One seed (0 <= seed < 2**63) a response. vLLM's own n > 1 takes seed, seed + 1, ...: prompts with neighbouring
+    seeds would share random numbers."""
+    return (np.random.SeedSequence(seed).generate_state(group_size, np.uint64) >> np.uint64(1)).tolist()
+
+
+def _engine_arguments(
+    config: RolloutConfig, dtype: str, max_model_len: int, seed: int, load_checkpoint: bool
+) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tp,
+        "distributed_executor_backend": "external_launcher",
+        "worker_extension_cls": _WEIGHT_SINK,
+        "load_format": "auto" if load_checkpoint else "dummy",
+        "logprobs_mode": "processed_logprobs",  # temperature applied
+        "generation_config": "vllm",  # the checkpoint's generation_config.json must not change the sampling
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "seed": seed,
+    }
+
+
+def _platform_arguments(config: RolloutConfig, group: ProcessGroup) -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+    name = [f"riskpo-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, group=group, group_src=0)
+    return {
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "enforce_eager": True,
+        "worker_cls": "megatron_riskpo.rollout.vllm_cpu_worker.IsolatedCpuWorker",
+        "additional_config": {"shared_memory_name": name[0]},
+    }
+
+
+def _build(model_dir: str, arguments: dict[str, Any]) -> "LLM":
+    with preserved_process_state(), without_import_noise():
+        vllm = import_vllm()
+        try:
+            llm = vllm.LLM(model_dir, **arguments)
+        except ValueError as error:  # vLLM's own checks of its arguments, the memory and config.json
+            raise UsageError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
+    if not torch.cuda.is_available():
+        _check_cpu_head_size(llm)
+    return llm
+
+
+def _shut_down(llm: "LLM") -> None:
+    with kept_default_group():
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _check_cpu_head_size(llm: "LLM") -> None:
+    """vLLM itself fails at the first forward pass only."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    head_size, supported = llm.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if head_size not in supported:
+        _shut_down(llm)
+        raise UsageError(
+            f"the model's head dimension is {head_size}, vLLM on the CPU has {supported}; "
+            'change the model or set rollout.engine = "megatron"'
+        )
+
+
+def _without_compiler() -> contextlib.AbstractContextManager[Any]:
+    """On the CPU vLLM compiles one line of its sampler (the rank of a token, not used here) at the first call:
+    3 to 36 s and a C++ compiler, for nothing."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
+
+
+def _to_responses(outputs: "list[RequestOutput]") -> Responses:
+    completions = [output.outputs[0] for output in outputs]
+    tokens = list(itertools.chain.from_iterable(c.token_ids for c in completions))
+    logprobs = list(itertools.chain.from_iterable(c.logprobs.logprobs for c in completions))
+    return Responses(
+        lengths=torch.tensor([len(c.token_ids) for c in completions], dtype=torch.int32),
+        finished=torch.tensor([c.finish_reason == "stop" for c in completions], dtype=torch.int32),
+        tokens=torch.tensor(tokens, dtype=torch.int32),
+        logprobs=torch.tensor(logprobs, dtype=torch.float32),
+    )

@@ -1,0 +1,100 @@
+"""Pushes into a real vLLM engine on the CPU, judged by transformers on the pushed checkpoint."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
+from megatron_riskpo.rollout.types import SamplingConfig
+from tests.tiny_models import load_hf, make_tiny_qwen2
+from tests.vllm_engines import max_difference, single_rank, vllm_engine
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+SAMPLING = SamplingConfig(group_size=4, max_response_tokens=16, temperature=1.0, stop_token_ids=())
+PROMPTS, SEEDS = [[5, 6, 7], [9, 10, 11, 12, 13]], [0, 1]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints a and b of one shape."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_tiny_qwen2(folder / name, tied=request.param, seed=seed) for seed, name in enumerate("ab")}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@needs_vllm
+def test_after_each_push_vllm_is_the_pushed_model(folders):
+    models = {name: load_hf(folder) for name, folder in folders.items()}
+    with single_rank(), vllm_engine(folders["a"], load_checkpoint=False, bucket_mib=0.02) as engine:
+        assert engine.weight_version == -1
+        with pytest.raises(RunError, match="no weights yet"):
+            engine.generate(PROMPTS, SAMPLING, SEEDS)
+        for version, name in enumerate("aba"):
+            engine.update_weights(weights_of(folders[name]).items(), version)
+            assert engine.weight_version == version
+            rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
+            assert max_difference(rollouts, models[name], 1.0) <= 1e-5
+
+
+def with_unknown(weights):
+    return [*weights.items(), ("model.layers.9.mlp.up_proj.weight", torch.zeros(1))]
+
+
+def cut_off(weights):
+    yield from list(weights.items())[:5]
+    raise OSError("the exporter died")
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(with_unknown, "none of the"), (cut_off, "OSError: the exporter died")],
+)
+def test_a_broken_push_ends_the_engine(tmp_path, damage, message):
+    folder = make_tiny_qwen2(tmp_path, tied=True, seed=0, num_layers=1)
+    with single_rank(), vllm_engine(folder) as engine:
+        engine.update_weights(weights_of(folder).items(), 3)
+        with pytest.raises(RunError, match=message):
+            engine.update_weights(damage(weights_of(folder)), 4)
+        assert engine.weight_version == 3
+        for call in (
+            lambda: engine.generate(PROMPTS, SAMPLING, SEEDS),
+            lambda: engine.token_logprobs(PROMPTS),
+            lambda: engine.update_weights(weights_of(folder).items(), 5),
+        ):
+            with pytest.raises(RunError, match=r"half-updated \(push of version 4"):
+                call()
+
+
+def test_names_and_shapes_of_a_push_are_checked(folders):
+    weights = weights_of(folders["a"])
+    shapes = checkpoint_shapes(folders["a"], tied_embeddings="lm_head.weight" not in weights)
+    assert dict(checked(weights.items(), shapes)) == weights
+    first = next(iter(weights))
+    for bad, message in [
+        ([*weights.items(), (first, weights[first])], "came twice"),
+        ([(first, torch.zeros(3))], r"shape \(3,\)"),
+        ([("lm_head.bias", torch.zeros(3))], "none of the"),
+        ([], f"{len(shapes)} of {len(shapes)}"),
+    ]:
+        with pytest.raises(RunError, match=message):
+            list(checked(bad, shapes))
+
+
+def test_a_tied_output_layer_is_no_weight_of_its_own(tmp_path):
+    save_file({"lm_head.weight": torch.zeros(2), "model.norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    assert checkpoint_shapes(tmp_path, tied_embeddings=True) == {"model.norm.weight": (3,)}
+    assert set(checkpoint_shapes(tmp_path, tied_embeddings=False)) == {"lm_head.weight", "model.norm.weight"}
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"no .*safetensors"):
+        checkpoint_shapes(tmp_path, tied_embeddings=True)

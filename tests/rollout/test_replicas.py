@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from megatron_riskpo.rollout.replicas import Responses, join_prompts, slice_of
+
+
+@pytest.mark.parametrize(("num_items", "num_parts"), [(0, 3), (2, 5), (7, 3), (12, 4)])
+def test_slices_cover_everything_once_and_evenly(num_items, num_parts):
+    slices = [slice_of(num_items, num_parts, part) for part in range(num_parts)]
+    assert [i for part in slices for i in range(num_items)[part]] == list(range(num_items))
+    sizes = [part.stop - part.start for part in slices]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_packing_keeps_every_bit():
+    responses = Responses(
+        lengths=torch.tensor([2, 1, 0], dtype=torch.int32),
+        finished=torch.tensor([1, 0, 0], dtype=torch.int32),
+        tokens=torch.tensor([7, 1, 2**31 - 1], dtype=torch.int32),
+        logprobs=torch.tensor([-1.1, -0.0, -float("inf")]),
+    )
+    back = Responses.unpack(responses.pack(), num_sequences=3)
+    for name, value in vars(responses).items():
+        assert torch.equal(getattr(back, name), value)
+
+
+def test_each_response_follows_its_own_prompt():
+    responses = Responses(
+        lengths=torch.tensor([1, 2, 1, 1], dtype=torch.int32),
+        finished=torch.tensor([1, 0, 0, 1], dtype=torch.int32),
+        tokens=torch.tensor([1, 2, 3, 4, 5], dtype=torch.int32),
+        logprobs=torch.arange(5.0),
+    )
+    rollouts = join_prompts([[10], [20, 21]], group_size=2, responses=responses)
+    assert [s.tolist() for s in rollouts.sequences()] == [[10, 1], [10, 2, 3], [20, 21, 4], [20, 21, 5]]
+    assert rollouts.finished.tolist() == [True, False, False, True]
