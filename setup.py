@@ -31,6 +31,7 @@ setup(
         # The actor subclasses and the CPU layer patches what this very version does.
         "megatron-core==0.16.1",
         "transformers>=5.16.1,<5.20",
+        "tokenizers>=0.23",
         "numpy>=2",
         "sentencepiece>=0.2",
         "safetensors>=0.6.2",
