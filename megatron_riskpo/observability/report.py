@@ -1,4 +1,4 @@
-"""report.html: a run on one page that needs no network and no other file."""
+"""What a run did: report.html, one page that needs no network and no other file, and a table for the terminal."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
+from rich.table import Table
 
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.charts import Chart, build_charts
@@ -44,6 +45,22 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def summary_table(run_dir: Path) -> Table:
+    """What a run changed and what its steps cost, for the terminal. Raises UsageError where there are no metrics."""
+    rows = read_metrics(run_dir)
+    table = Table(title=f"{run_dir.name}: {rows[-1]['step']} steps", title_justify="left")
+    table.add_column("")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    for change in changes(rows):
+        table.add_row(change.label, *change.shown())
+    table.add_section()
+    seconds = phase_seconds(rows)
+    for phase, mean in seconds.items():
+        table.add_row(f"{phase} (s a step)", "", f"{mean:.2f}", f"{mean / max(sum(seconds.values()), 1e-12):.0%} of it")
+    return table
 
 
 def draw(chart: Chart, div_id: str) -> str:

@@ -3,13 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-from rich.table import Table
-
-from megatron_riskpo.observability.metrics import read_metrics
 
 # Metrics of a step are noisy: before and after are means over so many first and last steps.
 WINDOW = 5
@@ -72,19 +67,3 @@ def phase_seconds(rows: Rows) -> dict[str, float]:
     means = {key: sum(values_of(steps, key)) / len(steps) for key in keys}
     names = sorted(means, key=lambda key: (-means[key], key))
     return {key.removeprefix("time/").removesuffix("_s"): means[key] for key in names}
-
-
-def summary_table(run_dir: Path) -> Table:
-    """What a run changed and what its steps cost, for the terminal. Raises UsageError where there are no metrics."""
-    rows = read_metrics(run_dir)
-    table = Table(title=f"{run_dir.name}: {rows[-1]['step']} steps", title_justify="left")
-    table.add_column("")
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
-    for change in changes(rows):
-        table.add_row(change.label, *change.shown())
-    table.add_section()
-    seconds = phase_seconds(rows)
-    for phase, mean in seconds.items():
-        table.add_row(f"{phase} (s a step)", "", f"{mean:.2f}", f"{mean / max(sum(seconds.values()), 1e-12):.0%} of it")
-    return table

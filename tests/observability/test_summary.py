@@ -6,7 +6,8 @@ from rich.console import Console
 
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.metrics import MetricsWriter, read_metrics
-from megatron_riskpo.observability.summary import changes, phase_seconds, summary_table
+from megatron_riskpo.observability.report import summary_table
+from megatron_riskpo.observability.summary import changes, phase_seconds
 
 
 def make_run(run_dir: Path, num_steps: int = 20) -> None:
