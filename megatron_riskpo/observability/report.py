@@ -1,11 +1,13 @@
 """What a run did: report.html, one page that needs no network and no other file, and a table for the terminal."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
+from rich.console import Console
 from rich.table import Table
 
 from megatron_riskpo.errors import UsageError
@@ -17,6 +19,8 @@ from megatron_riskpo.observability.summary import changes, phase_seconds
 # Questions shown of a step, and responses of a question.
 MAX_QUESTIONS = 4
 MAX_RESPONSES = 8
+# Columns of the printed table.
+SUMMARY_WIDTH = 100
 
 
 def write_report(run_dir: Path) -> Path:
@@ -47,8 +51,8 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def summary_table(run_dir: Path) -> Table:
-    """What a run changed and what its steps cost, for the terminal. Raises UsageError where there are no metrics."""
+def summary_table(run_dir: Path) -> str:
+    """What a run changed and what its steps cost, as lines to print. Raises UsageError where there are no metrics."""
     rows = read_metrics(run_dir)
     table = Table(title=f"{run_dir.name}: {rows[-1]['step']} steps", title_justify="left")
     table.add_column("")
@@ -60,7 +64,10 @@ def summary_table(run_dir: Path) -> Table:
     seconds = phase_seconds(rows)
     for phase, mean in seconds.items():
         table.add_row(f"{phase} (s a step)", "", f"{mean:.2f}", f"{mean / max(sum(seconds.values()), 1e-12):.0%} of it")
-    return table
+    console = Console(file=io.StringIO(), width=SUMMARY_WIDTH, color_system=None, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
 
 
 def draw(chart: Chart, div_id: str) -> str:
