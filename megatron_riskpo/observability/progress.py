@@ -22,6 +22,7 @@ class Progress:
         self._enabled = enabled
         self._console = console or Console(highlight=False)
         self._durations: deque[float] = deque(maxlen=ETA_WINDOW)
+        self._step = start_step
         self._step_start = time.perf_counter()
         self._bar = make_bar(self._console) if enabled and self._console.is_terminal else None
         if self._bar is not None:
@@ -51,12 +52,12 @@ class Progress:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The step is done; metrics are those of metrics.jsonl."""
+        """The step is done (and those since the last call); metrics are those of metrics.jsonl."""
         now = time.perf_counter()
         # Step 0 is the evaluation before training: its time says nothing about a step's.
-        if step > 0:
-            self._durations.append(now - self._step_start)
-        self._step_start = now
+        if step > self._step:
+            self._durations.append((now - self._step_start) / (step - self._step))
+        self._step, self._step_start = step, now
         learning, phases, evaluations, eta = describe(metrics, self._eta(step))
         if self._bar is None:
             self.log(f"step {step}/{self._total} {join(learning, phases, evaluations, eta)}")
@@ -91,7 +92,7 @@ def make_bar(console: Console) -> RichProgress:
 def describe(metrics: Mapping[str, Any], eta_s: float | None) -> tuple[str, str, str, str]:
     """A step in words, each empty where its metrics are missing: `reward 0.410 entropy 0.834 | 1234 tok/s`,
     `rollout 0.31 s update 0.42 s`, `heldout/pass@1 0.250`, `ETA 02:13`."""
-    learning = labelled(metrics, {"reward/mean": "reward", "actor/entropy": "entropy"})
+    learning = labelled(metrics, {"sft/loss": "loss", "reward/mean": "reward", "actor/entropy": "entropy"})
     speed = metrics.get("rollout/tokens_per_second")
     phases = [
         f"{key.removeprefix('time/').removesuffix('_s')} {value:.2f} s"

@@ -74,3 +74,13 @@ def test_other_ranks_are_silent() -> None:
         progress.log("x")
         progress.step(1, METRICS)
     assert text_of(console) == ""
+
+
+def test_a_line_every_ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.0, 20.0])
+    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: next(now))
+    console = make_console(terminal=False)
+    with Progress(100, True, console) as progress:
+        progress.step(10, {"sft/loss": 0.5})
+    # 2 s a step, 90 to go.
+    assert text_of(console) == "step 10/100 loss 0.500 | ETA 03:00\n"
