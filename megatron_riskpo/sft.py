@@ -11,14 +11,15 @@ import torch.distributed as dist
 
 from megatron_riskpo.config import LoggingConfig, ModelShapeConfig, SftConfig
 from megatron_riskpo.config_io import load_model_config, resolved, write_run_record
+from megatron_riskpo.data.carry import carry_tokenizer
+from megatron_riskpo.data.prompts import fill_template
 from megatron_riskpo.data.questions import Question, load_questions
 from megatron_riskpo.data.stream import PromptStream
-from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, train_sentencepiece
+from megatron_riskpo.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.distributed.signals import StopSignal, agree
-from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.rollout.types import Rollouts
 
@@ -45,9 +46,8 @@ def run_sft(config: SftConfig, env: RankEnv, stop: StopSignal) -> int:
 def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) -> bool:
     from megatron_riskpo.actor.actor import Actor, supervised_loss
 
-    examples = load_questions(
-        config.data.train, size=config.data.train_size, seed=config.run.seed, options=config.data.options
-    )
+    data = config.data
+    examples = load_questions(data.train, size=data.train_size, seed=config.run.seed, options=data.options)
     texts = [_texts(example, config) for example in examples]
     tokenizer_dir = Path(config.model.path) if config.model.path else run_dir
     if not config.model.path and grid.rank == 0:
@@ -62,7 +62,7 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
     )
     stream = PromptStream(len(encoded), config.sft.batch_size, config.run.seed)
     is_writer = grid.rank == 0
-    with Observer(run_dir, LoggingConfig(), config.sft.steps, is_writer=is_writer) as observer:
+    with Observer(run_dir, LoggingConfig(), config.sft.steps, 0, is_writer) as observer:
         losses: list[float] = []
         for step in range(1, config.sft.steps + 1):
             batch = solved_examples([encoded[row] for row in stream.next_batch()])
@@ -95,15 +95,8 @@ def solved_examples(pairs: Sequence[tuple[list[int], list[int]]]) -> Rollouts:
 
 
 def _texts(example: Question, config: SftConfig) -> tuple[str, str]:
-    try:
-        prompt = config.data.prompt_template.format(problem=example.problem)
-        response = example.solution or config.data.response_template.format(answer=example.expected_answer)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UsageError(
-            f"data.prompt_template or data.response_template: {error!r}; "
-            "write {problem} in the one, {answer} in the other, and {{ }} for braces"
-        ) from None
-    return prompt, response
+    prompt = fill_template(config.data.prompt_template, "problem", example.problem)
+    return prompt, example.solution or fill_template(config.data.response_template, "answer", example.expected_answer)
 
 
 def _qwen2_config(shape: ModelShapeConfig, tokenizer: Any) -> dict[str, Any]:

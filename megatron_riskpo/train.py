@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_io import load_model_config, write_run_record
+from megatron_riskpo.config_io import write_run_record
+from megatron_riskpo.data.carry import carry_tokenizer, stop_token_ids
 from megatron_riskpo.data.prompts import encode_prompts
 from megatron_riskpo.data.questions import Question, load_split
 from megatron_riskpo.data.stream import PromptStream
-from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, stop_token_ids
+from megatron_riskpo.data.tokenizer import load_tokenizer
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
@@ -33,7 +34,8 @@ def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
             raise UsageError(
                 f"{run_dir} holds {checkpoint.name}; choose another run.name, delete the folder, or set run.resume=auto"
             )
-        trainer = _build(config, grid, stop, run_dir, stack)
+        start_step = int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
+        trainer = _build(config, grid, stop, run_dir, start_step, stack)
         if checkpoint is not None:
             trainer.restore(load_checkpoint(checkpoint, trainer.actor))
             trainer.observer.log(f"resumed from {checkpoint} at step {trainer.step}")
@@ -50,7 +52,7 @@ def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
 
 
 def _build(
-    config: TrainConfig, grid: RankGrid, stop: StopSignal, run_dir: Path, stack: contextlib.ExitStack
+    config: TrainConfig, grid: RankGrid, stop: StopSignal, run_dir: Path, start_step: int, stack: contextlib.ExitStack
 ) -> Any:
     # Megatron may only be imported once rank_runtime has put the CPU backend in place.
     from megatron_riskpo.actor.actor import Actor
@@ -58,7 +60,7 @@ def _build(
     from megatron_riskpo.rewards.pool import GraderPool
     from megatron_riskpo.trainer import EncodedQuestions, Trainer
 
-    observer = Observer(run_dir, config.logging, config.run.steps, is_writer=grid.rank == 0)
+    observer = Observer(run_dir, config.logging, config.run.steps, start_step, is_writer=grid.rank == 0)
     tokenizer = load_tokenizer(config.model.path)
 
     def encoded(questions: list[Question], what: str) -> EncodedQuestions:

@@ -1,12 +1,14 @@
 """From the actor to the rollout engine: push the weights, and on demand prove that they arrived."""
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.config import BridgeConfig
 from megatron_riskpo.errors import RunError
-from megatron_riskpo.rollout.types import RolloutEngine, Rollouts
+from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine
 
 PROBE_SEQUENCES = 8
 PROBE_LENGTH = 32
@@ -24,21 +26,24 @@ class Bridge:
     def sync(self, version: int) -> dict[str, float]:
         """Bring the engine to the actor's weights and call them `version`. Collective.
 
+        An engine that samples from the actor's own weights has nothing to receive and nothing to verify.
         With `verify` returns bridge/verify_logprob_abs_mean. Raises RunError when the engine reports another
         version, or when the log-probs differ by more than the tolerance.
         """
-        weights = () if self.engine.shares_weights else self.actor.export_weights()
-        self.engine.update_weights(weights, version)
+        if self.engine.shares_weights:
+            self.engine.update_weights((), version)
+            return {}
+        self.engine.update_weights(self.actor.export_weights(), version)
         if self.engine.weight_version != version:
             raise RunError(
                 f"weight sync: sent version {version}, the engine reports {self.engine.weight_version}; "
                 "the engine is not usable any more, restart the run from its last checkpoint"
             )
-        return self._verify(version) if self.config.verify else {}
+        return self._verify(cast(ScoringEngine, self.engine), version) if self.config.verify else {}
 
-    def _verify(self, version: int) -> dict[str, float]:
+    def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:
         expected = self.actor.logprobs(self.probe, temperature=1.0)
-        found = torch.cat(self.engine.token_logprobs([s.tolist() for s in self.probe.sequences()]))
+        found = torch.cat(engine.token_logprobs([s.tolist() for s in self.probe.sequences()]))
         worst = (found - expected).abs().mean().to(self.actor.grid.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.actor.grid.world)
         difference = float(worst)

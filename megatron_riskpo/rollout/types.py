@@ -106,3 +106,12 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Free what the engine holds; the process groups stay usable."""
         ...
+
+
+class ScoringEngine(RolloutEngine, Protocol):
+    """An engine that holds weights of its own, and can therefore be asked what it makes of given tokens."""
+
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Teacher-forced at temperature 1: float32 [len(sequence) - 1] for each sequence, entry i that of token i + 1
+        given the tokens before it."""
+        ...
