@@ -19,21 +19,25 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 
-def checkpoint_shapes(model_dir: str | Path, *, tied_embeddings: bool) -> Shapes:
+def checkpoint_shapes(model_dir: str | Path) -> Shapes:
     """Names and shapes in the folder's *.safetensors headers: what a complete push brings.
 
     With tied embeddings `lm_head.weight` is not a weight of its own and left out, as are rotary tables.
     """
     from safetensors import safe_open
+    from transformers import AutoConfig
 
     files = sorted(Path(model_dir).glob("*.safetensors"))
-    if not files:
-        raise UsageError(f"model.path: no *.safetensors in {model_dir}; give a Hugging Face model folder")
+    if not files or not (Path(model_dir) / "config.json").is_file():
+        raise UsageError(
+            f"model.path = {str(model_dir)!r} has no config.json with *.safetensors ({len(files)} of these); "
+            "give a Hugging Face model folder"
+        )
     shapes: Shapes = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    if tied_embeddings:
+    if AutoConfig.from_pretrained(model_dir).get_text_config().tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 

@@ -32,6 +32,7 @@ from megatron_riskpo.rollout.vllm_environment import (
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
+_USER_ARGUMENTS = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization")
 _WEIGHT_SINK = "megatron_riskpo.resharding.vllm_sink.WeightSink"
 
 
@@ -40,6 +41,8 @@ class VllmEngine:
 
     A fresh engine has no weights until the first `update_weights`, unless `load_checkpoint` is set.
     """
+
+    shares_weights = False
 
     def __init__(
         self,
@@ -64,12 +67,11 @@ class VllmEngine:
         self._bucket_bytes = int(bucket_mib * 2**20)
         self._weight_version = -1
         self._unusable = "" if load_checkpoint else "has no weights yet; call update_weights first"
+        self._shapes = checkpoint_shapes(model_dir)
         prepare_environment(world_group.rank())
         arguments = _engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
         self._llm = _build(str(model_dir), arguments | _platform_arguments(config, world_group))
-        hf_config = self._llm.model_config.hf_text_config
         self._vocab_size = self._llm.model_config.get_vocab_size()
-        self._shapes = checkpoint_shapes(model_dir, tied_embeddings=hf_config.tie_word_embeddings)
 
     @property
     def weight_version(self) -> int:
@@ -197,6 +199,7 @@ def _engine_arguments(
         "generation_config": "vllm",  # the checkpoint's generation_config.json must not change the sampling
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "seed": seed,
     }
 
@@ -220,7 +223,9 @@ def _build(model_dir: str, arguments: dict[str, Any]) -> "LLM":
         try:
             llm = vllm.LLM(model_dir, **arguments)
         except ValueError as error:  # vLLM's own checks of its arguments, the memory and config.json
-            raise UsageError(f"vLLM does not start on {model_dir}: {' '.join(str(error).split())}") from error
+            shown = {name: value for name, value in arguments.items() if name in _USER_ARGUMENTS}
+            reason = " ".join(str(error).split())
+            raise UsageError(f"vLLM does not start on {model_dir} with {shown}, change these: {reason}") from error
     if not torch.cuda.is_available():
         _check_cpu_head_size(llm)
     return llm

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_riskpo.errors import RunError, UsageError
-from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
+from megatron_riskpo.resharding.vllm_sink import WeightSink, checked, checkpoint_shapes
 from megatron_riskpo.rollout.types import SamplingConfig
 from tests.tiny_models import load_hf, make_tiny_qwen2
 from tests.vllm_engines import max_difference, single_rank, vllm_engine
@@ -31,7 +31,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @needs_vllm
-def test_after_each_push_vllm_is_the_pushed_model(folders):
+def test_after_each_push_vllm_is_the_pushed_model(folders, monkeypatch):
     models = {name: load_hf(folder) for name, folder in folders.items()}
     with single_rank(), vllm_engine(folders["a"], load_checkpoint=False, bucket_mib=0.02) as engine:
         assert engine.weight_version == -1
@@ -42,6 +42,11 @@ def test_after_each_push_vllm_is_the_pushed_model(folders):
             assert engine.weight_version == version
             rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
             assert max_difference(rollouts, models[name], 1.0) <= 1e-5
+        monkeypatch.setattr(WeightSink, "riskpo_get_version", lambda worker: 2)
+        with pytest.raises(RunError, match=r"version 7 were pushed.*hold \[2\]"):
+            engine.update_weights(weights_of(folders["b"]).items(), 7)
+        with pytest.raises(RunError, match="half-updated"):
+            engine.generate(PROMPTS, SAMPLING, SEEDS)
 
 
 def with_unknown(weights):
@@ -76,7 +81,7 @@ def test_a_broken_push_ends_the_engine(tmp_path, damage, message):
 
 def test_names_and_shapes_of_a_push_are_checked(folders):
     weights = weights_of(folders["a"])
-    shapes = checkpoint_shapes(folders["a"], tied_embeddings="lm_head.weight" not in weights)
+    shapes = checkpoint_shapes(folders["a"])
     assert dict(checked(weights.items(), shapes)) == weights
     first = next(iter(weights))
     for bad, message in [
@@ -84,17 +89,20 @@ def test_names_and_shapes_of_a_push_are_checked(folders):
         ([(first, torch.zeros(3))], r"shape \(3,\)"),
         ([("lm_head.bias", torch.zeros(3))], "none of the"),
         ([], f"{len(shapes)} of {len(shapes)}"),
+        (list(weights.items())[1:], f"1 of {len(shapes)} weights did not come, the first is '{first}'"),
     ]:
         with pytest.raises(RunError, match=message):
             list(checked(bad, shapes))
 
 
-def test_a_tied_output_layer_is_no_weight_of_its_own(tmp_path):
-    save_file({"lm_head.weight": torch.zeros(2), "model.norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    assert checkpoint_shapes(tmp_path, tied_embeddings=True) == {"model.norm.weight": (3,)}
-    assert set(checkpoint_shapes(tmp_path, tied_embeddings=False)) == {"lm_head.weight", "model.norm.weight"}
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_output_layer_is_no_weight_of_its_own(tmp_path, tied):
+    folder = make_tiny_qwen2(tmp_path, tied=tied, seed=0, num_layers=1)
+    with_output_layer = weights_of(folder) | {"lm_head.weight": torch.zeros(96, 128)}
+    save_file(with_output_layer, folder / "model.safetensors")
+    assert set(with_output_layer) - set(checkpoint_shapes(folder)) == ({"lm_head.weight"} if tied else set())
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"no .*safetensors"):
-        checkpoint_shapes(tmp_path, tied_embeddings=True)
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"no config.json with \*.safetensors \(0"):
+        checkpoint_shapes(tmp_path)

@@ -155,6 +155,9 @@ def test_settings_that_cannot_work_are_refused(tmp_path, monkeypatch):
     small_heads = make_tiny_qwen2(tmp_path / "small_heads", tied=True, seed=0, hidden_size=64)
     with pytest.raises(UsageError, match="head dimension is 16"), vllm_engine(small_heads):
         pass
+    with pytest.raises(UsageError, match=r"'max_model_len': 1000.*512"), vllm_engine(small_heads, max_model_len=1000):
+        pass
+    assert dist.is_initialized()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(UsageError, match="unset it"):
         prepare_environment(rank=0)
