@@ -1,0 +1,203 @@
+"""Which checkpoint folders of a run are whole.
+
+A checkpoint is a folder step_N. It is built as step_N.partial; its manifest, written last, lists every file with
+size and checksum; then the folder is renamed, and the file `latest` names it. So a folder without a manifest, or with
+a file that is not as listed, is damaged, whatever ended its writer.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+PARTIAL_SUFFIX = ".partial"
+FORMAT = 1
+
+
+class DamagedCheckpointError(Exception):
+    """The folder is no whole checkpoint; the message says why, without the folder's name."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file has to be."""
+
+    size: int
+    """Bytes."""
+    blake2b: str
+    """Hex digest of 16 bytes."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a checkpoint."""
+
+    step: int
+    layout: dict[str, int]
+    """tp, pp and dp sizes of the ranks that wrote it."""
+    content: dict[str, Any]
+    """Model sizes, dtype and kind of optimizer: what the actor that loads it must share."""
+    versions: dict[str, str]
+    """Packages that wrote it."""
+    files: dict[str, FileEntry]
+    """By name relative to the folder."""
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """The file has the old text or the new one, never a part, also after a loss of power."""
+    building = path.with_name(path.name + ".tmp")
+    building.write_text(text)
+    sync_to_disk(building)
+    building.replace(path)
+    sync_to_disk(path.parent)
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and checksum of a file; raises OSError."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return FileEntry(file.tell(), digest.hexdigest())
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names of all files below folder, relative to it, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_text_durably(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, and every file there with its listed size (checksums: see `corrupted_files`).
+
+    Raises DamagedCheckpointError.
+    """
+    try:
+        manifest = _parse(json.loads((folder / MANIFEST).read_text()))
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"no {MANIFEST}: it was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST} is not readable ({type(error).__name__}: {error})") from error
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpointError(f"{name} is missing")
+        if path.stat().st_size != entry.size:
+            raise DamagedCheckpointError(f"{name} has {path.stat().st_size} bytes, the manifest says {entry.size}")
+    return manifest
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    if document["format"] != FORMAT:
+        raise ValueError(f"format {document['format']}, this version reads {FORMAT}")
+    files = {name: FileEntry(**entry) for name, entry in document["files"].items()}
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"file name {name!r} points out of the folder")
+    return Manifest(
+        int(document["step"]), dict(document["layout"]), dict(document["content"]), dict(document["versions"]), files
+    )
+
+
+def corrupted_files(folder: Path, manifest: Manifest, share: int = 0, num_shares: int = 1) -> list[str]:
+    """Reasons, for the files of this share (every num_shares-th) whose bytes are not the ones that were written."""
+    reasons = []
+    for name in sorted(manifest.files)[share::num_shares]:
+        try:
+            found = describe_file(folder / name)
+        except OSError as error:
+            reasons.append(f"{name}: {error.strerror}")
+            continue
+        if found != manifest.files[name]:
+            reasons.append(f"{name} has another checksum than the manifest says")
+    return reasons
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a folder named step_N; None for other names."""
+    match = re.fullmatch(r"step_(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, whole or not, newest step first."""
+    found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted((path for path in found if step_of(path) is not None), key=lambda path: -(step_of(path) or 0))
+
+
+def latest_complete(folder: Path) -> Path | None:
+    """The newest whole checkpoint of `folder` (runs/NAME/checkpoints), all checksums read; damaged ones are logged."""
+    for path in step_folders(folder):
+        try:
+            reasons = corrupted_files(path, read_manifest(path))
+        except DamagedCheckpointError as error:
+            reasons = [str(error)]
+        if not reasons:
+            return path
+        log_damage(path, reasons[0])
+    return None
+
+
+def log_damage(path: Path, reason: str) -> None:
+    logger.warning("checkpoint %s is damaged and not used: %s", path, reason)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left behind."""
+    for path in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
+        shutil.rmtree(path)
+
+
+def publish(partial: Path) -> Path:
+    """Turn a finished step_N.partial into step_N, and let `latest` name it; returns the new folder."""
+    target = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
+    if target.exists():
+        # Saved again, or damaged: a folder cannot be renamed onto one that holds files.
+        replaced = partial.with_name(f"{target.name}.replaced{PARTIAL_SUFFIX}")
+        target.rename(replaced)
+        partial.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(target)
+    sync_to_disk(target.parent)
+    write_text_durably(target.parent / LATEST, target.name + "\n")
+    return target
+
+
+def remove_old(folder: Path, step: int, keep: int) -> None:
+    """After step_`step` was saved: delete what is older than the newest `keep` whole checkpoints up to it.
+
+    Sizes are checked, checksums not: reading all kept files at every save would cost more than it is worth.
+    Folders of later steps stay (they were found damaged, or the user went back on purpose).
+    """
+    num_kept = 0
+    for path in step_folders(folder):
+        if (step_of(path) or 0) > step:
+            continue
+        if num_kept >= keep:
+            shutil.rmtree(path)
+            continue
+        try:
+            read_manifest(path)
+            num_kept += 1
+        except DamagedCheckpointError as error:
+            log_damage(path, str(error))

@@ -1,0 +1,200 @@
+"""What one rank does in test_training_state: train, save, resume, fail. Imported by the ranks."""
+
+import errno
+import random
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemWriter
+
+from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.algorithms.config import PolicyLossConfig
+from megatron_riskpo.checkpoint import training_state
+from megatron_riskpo.checkpoint.manifest import latest_complete, step_folders
+from megatron_riskpo.checkpoint.training_state import agree_on_latest, load_checkpoint, save_checkpoint
+from megatron_riskpo.config import ActorConfig, OptimizerConfig
+from megatron_riskpo.distributed.grid import build_grid
+from megatron_riskpo.errors import RiskpoError
+from tests.distributed.layout_cases import ragged_rollouts
+
+# The schedule depends on the number of optimizer steps, eps keeps AdamW's first steps well conditioned.
+OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="cosine", eps=1e-3)
+NUM_STEPS = 10
+STATE = {"step": 3, "stream": {"epoch": 1, "position": 17}, "tracker": [0.1, 1e-300, -2.5], "none": None}
+
+LAYOUTS = {
+    "tp2": ActorConfig(tp=2, micro_batch_tokens=300),
+    "dp2": ActorConfig(micro_batch_tokens=300),
+    "pp2": ActorConfig(pp=2, micro_batch_tokens=300),
+    "tp2 plain optimizer": ActorConfig(tp=2, distributed_optimizer=False, micro_batch_tokens=300),
+    "one": ActorConfig(micro_batch_tokens=300),
+    "one bfloat16": ActorConfig(micro_batch_tokens=300),
+}
+
+
+def make_actor(layout: str, model_dir: Path, seed: int) -> Actor:
+    dtype = torch.bfloat16 if "bfloat16" in layout else torch.float32
+    config = LAYOUTS[layout]
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return Actor.from_hf(model_dir, config, OPTIMIZER, dtype, build_grid(config.tp, config.pp, seed))
+
+
+def train(actor: Actor, steps: range) -> dict[str, Any]:
+    """Updates on rollouts that depend on the step only; everything that they change."""
+    metrics = []
+    for step in steps:
+        rollouts, advantages, _ = ragged_rollouts(8, seed=step)
+        metrics.append(actor.update(rollouts, advantages, None, PolicyLossConfig(), 0.8, NUM_STEPS).metrics)
+    weights = {name: tensor.clone() for name, tensor in actor.export_weights()}
+    return {"metrics": metrics, "weights": weights, "optimizer": optimizer_state(actor), "draws": draw()}
+
+
+def optimizer_state(actor: Actor) -> list[dict[str, torch.Tensor]]:
+    """AdamW's state of this rank's parameters, in order, with the main weights."""
+    adam = actor.optimizer.optimizer
+    parameters = [p for group in adam.param_groups for p in group["params"]]
+    return [{"main": p.detach().clone(), **{k: v.clone() for k, v in adam.state[p].items()}} for p in parameters]
+
+
+def draw() -> list[Any]:
+    """Numbers from every generator of this rank."""
+    with get_cuda_rng_tracker().fork():
+        megatron = torch.rand(3).tolist()
+    return [torch.rand(3).tolist(), megatron, random.random(), random.gauss(0, 1), *np.random.normal(size=3).tolist()]
+
+
+def round_trip(layout: str, folder: Path) -> dict[str, Any]:
+    """Steps 0 to 2, save, steps 3 and 4; and steps 3 and 4 again from a fresh actor with other weights."""
+    actor = make_actor(layout, folder.parent / "model", seed=1)
+    saved = train(actor, range(3))["weights"]
+    checkpoints = folder.parent / "saved" / layout
+    start = time.perf_counter()
+    path = save_checkpoint(checkpoints, 3, actor, STATE, keep=2)
+    save_s = time.perf_counter() - start
+    expected = train(actor, range(3, 5))
+    fresh = make_actor(layout, folder.parent / "other_model", seed=2)
+    start = time.perf_counter()
+    state = load_checkpoint(path, fresh)
+    load_s = time.perf_counter() - start
+    found = train(fresh, range(3, 5))
+    return {"saved": saved, "expected": expected, "found": found, "state": state, "seconds": (save_s, load_s)}
+
+
+def across(saved: str, loaded: str, folder: Path) -> dict[str, Any]:
+    """Load what another layout saved: the weights, and what the next two steps give."""
+    actor = make_actor(loaded, folder.parent / "other_model", seed=2)
+    load_checkpoint(folder.parent / "saved" / saved / "step_3", actor)
+    weights = {name: tensor.clone() for name, tensor in actor.export_weights()}
+    return {"weights": weights, "num_optimizer_steps": actor.num_optimizer_steps, "next": train(actor, range(3, 5))}
+
+
+def error_of(work: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        work()
+    except RiskpoError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+def failing_saves(folder: Path) -> dict[str, Any]:
+    """The disk is full on one of two ranks, at three places of a save."""
+    actor = make_actor("tp2", folder.parent / "model", seed=1)
+    checkpoints = folder.parent / "full"
+    save_checkpoint(checkpoints, 1, actor, STATE, keep=2)
+    no_space = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    places = {
+        "shards": (1, FileSystemWriter, "write_data"),
+        "common": (0, training_state, "write_common"),
+        "rng": (1, training_state, "rng_state"),
+        "manifest": (0, training_state, "write_manifest"),
+    }
+    results = {}
+    for name, (rank, owner, attribute) in places.items():
+        with mock.patch.object(owner, attribute, no_space if dist.get_rank() == rank else getattr(owner, attribute)):
+            error = error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, keep=2))
+        names = sorted(path.name for path in checkpoints.iterdir())
+        results[name] = error, names, latest_complete(checkpoints)
+        dist.barrier()
+    save_checkpoint(checkpoints, 2, actor, STATE, keep=2)
+    return results | {"after": latest_complete(checkpoints)}
+
+
+def agreement(folder: Path) -> dict[str, Any]:
+    """Retention; then a flipped byte in the newest checkpoint, and one load of it all the same."""
+    actor = make_actor("dp2", folder.parent / "model", seed=1)
+    checkpoints = folder.parent / "kept"
+    nothing = agree_on_latest(checkpoints, actor.grid.world)
+    for step in (1, 2, 10):
+        save_checkpoint(checkpoints, step, actor, STATE, keep=2)
+    kept = [path.name for path in step_folders(checkpoints)]
+    if dist.get_rank() == 0:
+        flip_byte(next((checkpoints / "step_10" / "megatron").glob("*.distcp")))
+    dist.barrier()
+    used = agree_on_latest(checkpoints, actor.grid.world)
+    error = error_of(lambda: load_checkpoint(checkpoints / "step_10", actor))
+    save_checkpoint(checkpoints, 10, actor, STATE, keep=2)
+    return {"nothing": nothing, "kept": kept, "used": used, "error": error,
+            "replaced": agree_on_latest(checkpoints, actor.grid.world),
+            "named": (checkpoints / "latest").read_text()}  # fmt: skip
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def real_limits(folder: Path) -> dict[str, Any]:
+    """The system's own refusals: a limit on file sizes, and (where the test could mount one) a full file system."""
+    actor = make_actor("one", folder.parent / "model", seed=1)
+    results = {}
+    limited = folder.parent / "limited"
+    save_checkpoint(limited, 1, actor, STATE, keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    results["limited"] = error_of(lambda: save_checkpoint(limited, 2, actor, STATE, keep=2)), latest_complete(limited)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    mounted = folder.parent / "small_disk"
+    if mounted.is_dir():
+        save_checkpoint(mounted, 1, actor, STATE, keep=2)
+        error = error_of(lambda: save_checkpoint(mounted, 2, actor, STATE, keep=2))
+        results["mounted"] = error, latest_complete(mounted)
+    return results
+
+
+def unfit(folder: Path) -> dict[str, Any]:
+    """Checkpoints of another model, and of another kind of optimizer."""
+    saved = folder.parent / "saved"
+    narrow = make_actor("one", folder.parent / "narrow_model", seed=1)
+    errors = {"model": error_of(lambda: load_checkpoint(saved / "one" / "step_3", narrow))}
+    actor = make_actor("one", folder.parent / "model", seed=1)
+    errors["optimizer"] = error_of(lambda: load_checkpoint(saved / "tp2 plain optimizer" / "step_3", actor))
+    return errors
+
+
+def run_two(folder: Path) -> dict[str, Any]:
+    return {
+        **{name: round_trip(name, folder) for name in ("tp2", "dp2", "pp2", "tp2 plain optimizer")},
+        **{("tp2", loaded): across("tp2", loaded, folder) for loaded in ("dp2", "pp2")},
+        "failing": failing_saves(folder),
+        "agreement": agreement(folder),
+    }
+
+
+def run_one(folder: Path) -> dict[str, Any]:
+    return {
+        **{name: round_trip(name, folder) for name in ("one", "one bfloat16")},
+        **{(saved, "one"): across(saved, "one", folder) for saved in ("tp2", "dp2", "pp2")},
+        "limits": real_limits(folder),
+        "unfit": unfit(folder),
+    }

@@ -1,0 +1,136 @@
+"""A checkpoint folder counts only if it is, byte for byte, what its manifest says."""
+
+import json
+import logging
+
+import pytest
+
+from megatron_riskpo.checkpoint.manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    clear_leftovers,
+    corrupted_files,
+    describe_file,
+    latest_complete,
+    list_files,
+    publish,
+    read_manifest,
+    remove_old,
+    step_folders,
+    write_manifest,
+)
+
+
+def write_checkpoint(folder, step):
+    """A published checkpoint of two files."""
+    partial = folder / f"step_{step}.partial"
+    (partial / "megatron").mkdir(parents=True)
+    (partial / "state.json").write_text(json.dumps({"step": step}))
+    (partial / "megatron" / "shard").write_bytes(bytes(range(256)) * 40)
+    files = {name: describe_file(partial / name) for name in list_files(partial)}
+    write_manifest(partial, Manifest(step, {"tp": 1}, {}, {}, files))
+    return publish(partial)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (2, 9, 10):
+        write_checkpoint(tmp_path, step)
+    return tmp_path
+
+
+def truncate(path):
+    shard = path / "megatron" / "shard"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def flip_byte(path):
+    shard = path / "megatron" / "shard"
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+
+
+def cut_manifest(path):
+    manifest = path / MANIFEST
+    manifest.write_text(manifest.read_text()[:-20])
+
+
+def point_outside(path):
+    manifest = path / MANIFEST
+    manifest.write_text(manifest.read_text().replace("state.json", "../step_9/state.json"))
+
+
+DAMAGES = {
+    "truncated file": (truncate, "megatron/shard has 10239 bytes, the manifest says 10240"),
+    "flipped byte": (flip_byte, "megatron/shard has another checksum"),
+    "missing file": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    "missing manifest": (lambda path: (path / MANIFEST).unlink(), "never finished"),
+    "truncated manifest": (cut_manifest, "manifest.json is not readable"),
+    "manifest of another shape": (lambda path: (path / MANIFEST).write_text("[1]"), "manifest.json is not readable"),
+    "name outside the folder": (point_outside, "points out of the folder"),
+    "other format": (lambda path: (path / MANIFEST).write_text('{"format": 99}'), "format 99"),
+}
+
+
+def test_newest_is_by_number(folder):
+    assert latest_complete(folder) == folder / "step_10"
+    assert (folder / "latest").read_text() == "step_10\n"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_said_and_the_one_before_is_used(folder, damage, caplog):
+    harm, reason = DAMAGES[damage]
+    harm(folder / "step_10")
+    with caplog.at_level(logging.WARNING):
+        assert latest_complete(folder) == folder / "step_9"
+    assert reason in caplog.text
+    assert str(folder / "step_10") in caplog.text
+
+
+def test_every_share_is_checked_once(folder):
+    path = folder / "step_9"
+    manifest = read_manifest(path)
+    flip_byte(path)
+    (path / "state.json").write_text(json.dumps({"step": 8}))
+    shares = [corrupted_files(path, manifest, share, 3) for share in range(3)]
+    assert sorted(len(share) for share in shares) == [0, 1, 1]
+
+
+def test_no_checkpoint(tmp_path):
+    assert latest_complete(tmp_path) is None
+    assert latest_complete(tmp_path / "absent") is None
+
+
+def test_leftovers_are_not_used_and_go(folder):
+    (folder / "step_11.partial" / "megatron").mkdir(parents=True)
+    assert latest_complete(folder) == folder / "step_10"
+    clear_leftovers(folder)
+    assert [path.name for path in step_folders(folder)] == ["step_10", "step_9", "step_2"]
+    assert not (folder / "step_11.partial").exists()
+
+
+def test_saving_a_step_again_replaces_it(folder):
+    truncate(folder / "step_10")
+    with pytest.raises(DamagedCheckpointError):
+        read_manifest(folder / "step_10")
+    write_checkpoint(folder, 10)
+    assert latest_complete(folder) == folder / "step_10"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_10", "step_2", "step_9"]
+
+
+def test_retention_counts_whole_checkpoints_only(folder):
+    truncate(folder / "step_9")
+    remove_old(folder, step=10, keep=2)
+    assert [path.name for path in step_folders(folder)] == ["step_10", "step_9", "step_2"]
+    write_checkpoint(folder, 12)
+    remove_old(folder, step=12, keep=2)
+    assert [path.name for path in step_folders(folder)] == ["step_12", "step_10"]
+
+
+def test_retention_spares_the_one_just_saved(folder):
+    # Resumed from step 2 because the later ones looked damaged, and saved step 3.
+    write_checkpoint(folder, 3)
+    remove_old(folder, step=3, keep=1)
+    assert [path.name for path in step_folders(folder)] == ["step_10", "step_9", "step_3"]
