@@ -7,7 +7,7 @@ the files are the same, and Megatron's own strategy loads them.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,7 @@ def load_sharded(folder: Path, actor: Actor) -> None:
     The format holds pickled plans, so load only what a run of yours has written.
     """
     try:
-        loaded = dist_checkpointing.load(_state(actor, is_loading=True), str(folder))
+        loaded = cast(dict[str, Any], dist_checkpointing.load(_state(actor, is_loading=True), str(folder)))
     except (CheckpointingException, CheckpointException, KeyError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise RunError(f"{folder} does not fit this actor: {reason}; resume with the settings it was saved with, "
