@@ -11,11 +11,10 @@ import torch.distributed as dist
 
 from megatron_riskpo.config import LoggingConfig, ModelShapeConfig, SftConfig
 from megatron_riskpo.config_io import load_model_config, resolved, write_run_record
-from megatron_riskpo.data.carry import carry_tokenizer
-from megatron_riskpo.data.prompts import fill_template
+from megatron_riskpo.data.prompts import check_template
 from megatron_riskpo.data.questions import Question, load_questions
 from megatron_riskpo.data.stream import PromptStream
-from megatron_riskpo.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, train_sentencepiece
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
@@ -48,6 +47,8 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
 
     data = config.data
     examples = load_questions(data.train, size=data.train_size, seed=config.run.seed, options=data.options)
+    check_template(data.prompt_template, "problem")
+    check_template(data.response_template, "answer")
     texts = [_texts(example, config) for example in examples]
     tokenizer_dir = Path(config.model.path) if config.model.path else run_dir
     if not config.model.path and grid.rank == 0:
@@ -95,8 +96,8 @@ def solved_examples(pairs: Sequence[tuple[list[int], list[int]]]) -> Rollouts:
 
 
 def _texts(example: Question, config: SftConfig) -> tuple[str, str]:
-    prompt = fill_template(config.data.prompt_template, "problem", example.problem)
-    return prompt, example.solution or fill_template(config.data.response_template, "answer", example.expected_answer)
+    prompt = config.data.prompt_template.format(problem=example.problem)
+    return prompt, example.solution or config.data.response_template.format(answer=example.expected_answer)
 
 
 def _qwen2_config(shape: ModelShapeConfig, tokenizer: Any) -> dict[str, Any]:

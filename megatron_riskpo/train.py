@@ -8,19 +8,16 @@ import torch
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_io import write_run_record
-from megatron_riskpo.data.carry import carry_tokenizer, stop_token_ids
 from megatron_riskpo.data.prompts import encode_prompts
 from megatron_riskpo.data.questions import Question, load_split
 from megatron_riskpo.data.stream import PromptStream
-from megatron_riskpo.data.tokenizer import load_tokenizer
+from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, stop_token_ids
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.observer import Observer
-
-MATH_GRADER = "megatron_riskpo.rewards.math_grader:grade_math"
 
 
 def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
@@ -57,7 +54,7 @@ def _build(
     # Megatron may only be imported once rank_runtime has put the CPU backend in place.
     from megatron_riskpo.actor.actor import Actor
     from megatron_riskpo.resharding.bridge import Bridge
-    from megatron_riskpo.rewards.pool import GraderPool
+    from megatron_riskpo.rewards.pool import MATH_GRADER, GraderPool
     from megatron_riskpo.trainer import EncodedQuestions, Trainer
 
     observer = Observer(run_dir, config.logging, config.run.steps, start_step, is_writer=grid.rank == 0)

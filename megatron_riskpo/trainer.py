@@ -78,7 +78,7 @@ class Trainer:
         """One RL step; returns its metrics."""
         config, phase = self.config, self.observer.phase
         rows = self.stream.next_batch()
-        seeds = sample_seeds(config.run.seed, self.step, len(rows), "training")
+        seeds = sample_seeds(config.run.seed, self.step, len(rows), "train")
         with phase("rollout"):
             sampling = self.sampling(config.rollout.group_size, config.rollout.temperature)
             rollouts = self.engine.generate([self.train_set.prompts[row] for row in rows], sampling, seeds)

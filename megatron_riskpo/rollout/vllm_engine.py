@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 _USER_ARGUMENTS = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization")
+# Tokens in one forward pass on the CPU, unless a single sequence has more.
+_BATCHED_TOKENS = 8192
 _WEIGHT_SINK = "megatron_riskpo.resharding.vllm_sink.WeightSink"
 
 
@@ -70,7 +72,7 @@ class VllmEngine:
         self._shapes = checkpoint_shapes(model_dir)
         prepare_environment(world_group.rank())
         arguments = _engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
-        self._llm = _build(str(model_dir), arguments | _platform_arguments(config, world_group))
+        self._llm = _build(str(model_dir), arguments | _platform_arguments(config, max_model_len, world_group))
         self._vocab_size = self._llm.model_config.get_vocab_size()
 
     @property
@@ -204,7 +206,7 @@ def _engine_arguments(
     }
 
 
-def _platform_arguments(config: RolloutConfig, group: ProcessGroup) -> dict[str, Any]:
+def _platform_arguments(config: RolloutConfig, max_model_len: int, group: ProcessGroup) -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"gpu_memory_utilization": config.gpu_memory_utilization}
     name = [f"riskpo-{uuid.uuid4().hex}"]
@@ -212,6 +214,10 @@ def _platform_arguments(config: RolloutConfig, group: ProcessGroup) -> dict[str,
     return {
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
         "enforce_eager": True,
+        # After a part of a prompt vLLM rewinds the request's generator, which a CPU generator cannot do ("CPU
+        # Generator does not use offset"); so a prompt is taken whole, and the budget has to hold the longest.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_BATCHED_TOKENS, max_model_len),
         "worker_cls": "megatron_riskpo.rollout.vllm_cpu_worker.IsolatedCpuWorker",
         "additional_config": {"shared_memory_name": name[0]},
     }
