@@ -1,0 +1,34 @@
+"""Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_riskpo.errors import UsageError
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Probability that k of the n samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
+
+    As a product of c factors below 1, since the binomials overflow. Raises UsageError unless 1 <= k <= n, 0 <= c <= n.
+    """
+    if not (1 <= k <= num_samples and 0 <= num_correct <= num_samples):
+        raise UsageError(
+            f"pass@{k} of {num_samples} samples with {num_correct} correct does not exist; "
+            "k must be between 1 and evaluation.num_samples"
+        )
+    if num_samples - num_correct < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)))
+
+
+def pass_at_k_table(correct: ArrayLike, ks: Iterable[int]) -> dict[int, float]:
+    """{k: mean of pass@k over questions}, from correct bool [num_questions, num_samples]."""
+    table = np.asarray(correct, dtype=bool)
+    if table.ndim != 2 or 0 in table.shape:
+        raise UsageError(f"pass@k needs a [questions, samples] table with entries; this one has shape {table.shape}")
+    counts = np.bincount(table.sum(axis=1), minlength=table.shape[1] + 1)
+    return {
+        k: float(sum(n * pass_at_k(table.shape[1], c, k) for c, n in enumerate(counts) if n)) / len(table) for k in ks
+    }
