@@ -25,7 +25,7 @@ from megatron_riskpo.errors import RunError, UsageError
 
 HERE = Path(__file__).parent
 WARMUP_STEPS = 1
-TURN_TIMEOUT_S = 1200
+TURN_TIMEOUT_S = 1800
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",  # both on the CPU
     "OMP_NUM_THREADS": "1",
@@ -51,7 +51,12 @@ def run_trl(case: Case, arguments: list[str], objective: str) -> None:
     """TRL in one process with a thread a core; its output only if it fails. Always GRPO."""
     environment = os.environ | {"OMP_NUM_THREADS": str(case.num_cores), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(HERE / "step_trl.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TURN_TIMEOUT_S)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TURN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise RunError(
+            f"TRL needed more than {TURN_TIMEOUT_S} s for {case.steps} step(s) of {case.name}; free the machine's cores"
+        ) from None
     if done.returncode:
         raise RunError(f"TRL's process ended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
 
@@ -66,8 +71,16 @@ def run_riskpo(case: Case, arguments: list[str], objective: str) -> None:
 
 def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     """The named cases, with the command line's changes."""
-    changes = {name: getattr(arguments, name) for name in ("steps", "rounds") if getattr(arguments, name)}
+    changes = {name: value for name in ("steps", "rounds") if (value := getattr(arguments, name)) is not None}
     return [replace(CASES[name], **changes) for name in arguments.cases]
+
+
+def positive(text: str) -> int:
+    """A number of steps or rounds."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -94,8 +107,8 @@ def main() -> int:
     parser.add_argument(
         "--objective", choices=("grpo", "riskpo"), default="grpo", help="this project's (TRL's is grpo)"
     )
-    parser.add_argument("--steps", type=int, help="measured steps a round")
-    parser.add_argument("--rounds", type=int, help="how often the two take turns")
+    parser.add_argument("--steps", type=positive, help="measured steps a round")
+    parser.add_argument("--rounds", type=positive, help="how often the two take turns")
     parser.add_argument("--output", type=Path, help="write the JSON here instead of to stdout")
     try:
         run(parser.parse_args())
