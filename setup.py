@@ -38,7 +38,6 @@ setup(
         "einops>=0.8",
         "math-verify>=0.9,<0.10",
         "reasoning-gym>=0.1.25,<0.2",
-        "pebble>=5.2",
         "tyro>=1,<2",
         "jaxtyping>=0.3",
         "psutil>=6",

@@ -54,6 +54,8 @@ class DataConfig:
     """Number of training questions generated (reasoning_gym only)."""
     evaluation_size: int = 200
     """Number of held-out questions."""
+    strip_prefix: str = ""
+    """Text taken off the start of every problem that has it (a task's boilerplate that a small model need not read)."""
     prompt_template: str = "{problem}"
     """Prompt text; {problem} is replaced by the question."""
     chat_template: bool = False
@@ -142,6 +144,8 @@ class BridgeConfig:
 class RewardConfig:
     """How responses are graded."""
 
+    answer_form: Literal["any", "boxed"] = "any"
+    """any: the last \\boxed{}, else the final answer as the text states it; boxed: only a \\boxed{} counts."""
     timeout_s: float = 5.0
     """Wall-clock limit of grading one response, in seconds; beyond it the grade is an error, not a wrong answer."""
     workers: int = 1
@@ -205,7 +209,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ModelShapeConfig:
-    """A small Qwen2-architecture model made from nothing."""
+    """A small Qwen2-architecture model made from nothing, with a character-level SentencePiece tokenizer."""
 
     num_layers: int = 4
     """Transformer layers."""
@@ -219,10 +223,10 @@ class ModelShapeConfig:
     """Width inside the MLP."""
     tied_embeddings: bool = True
     """Share the input embedding with the output layer."""
+    initializer_range: float = 0.05
+    """Standard deviation of the initial weights (0.02, usual for large models, is slow to leave at small widths)."""
     max_position_embeddings: int = 512
     """Longest sequence, in tokens."""
-    vocab_size: int = 64
-    """Pieces of the SentencePiece model trained on the task's text (an upper limit; padded for tp if need be)."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +239,13 @@ class SftDataConfig:
     """Options of the reasoning-gym task."""
     train_size: int = 20000
     """Number of examples generated (reasoning_gym only)."""
+    strip_prefix: str = ""
+    """Text taken off the start of every problem that has it. Use the same as the RL run."""
     prompt_template: str = "{problem}"
     """Prompt text; {problem} is replaced by the question. Use the same as the RL run."""
-    response_template: str = "\\boxed{{{answer}}}"
-    """Response text of an example that brings no solution; {answer} is replaced ({{ and }} are braces)."""
+    response_templates: tuple[str, ...] = ("\\boxed{{{answer}}}",)
+    """Response texts of examples that bring no solution, one drawn for each; {answer} is replaced ({{ and }} are
+    braces). Several forms make a base model that knows the answer better than the form that RL will check."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ _BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("shape.num_key_value_heads", ">=", 1),
     ("shape.intermediate_size", ">=", 1),
     ("shape.max_position_embeddings", ">=", 2),
-    ("shape.vocab_size", ">=", 2),
+    ("shape.initializer_range", ">", 0),
 )
 
 
@@ -145,8 +145,9 @@ def templates(setup: Setup) -> str | None:
     data = setup.config.data
     if "{problem}" not in data.prompt_template:
         return f"data.prompt_template = {data.prompt_template!r} has no {{problem}}, where the question goes"
-    if "{answer}" not in getattr(data, "response_template", "{answer}"):
-        return f"data.response_template = {data.response_template!r} has no {{answer}}, where the answer goes"
+    for template in getattr(data, "response_templates", ()):
+        if "{answer}" not in template:
+            return f"data.response_templates: {template!r} has no {{answer}}, where the answer goes"
     return None
 
 

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_riskpo.config import LoggingConfig, ModelShapeConfig, SftConfig
 from megatron_riskpo.config_io import load_model_config, resolved, write_run_record
-from megatron_riskpo.data.prompts import check_template
+from megatron_riskpo.data.character_tokenizer import qwen2_tokenizer, train_character_model
+from megatron_riskpo.data.prompts import check_template, prompt_text
 from megatron_riskpo.data.questions import Question, load_questions
 from megatron_riskpo.data.stream import PromptStream
-from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, train_sentencepiece
+from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
@@ -23,6 +25,7 @@ from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.rollout.types import Rollouts
 
 RECORD_EVERY = 20
+SENTENCEPIECE_MODEL = "tokenizer.model"
 MADE_FROM = "made_from.json"
 """Beside hf/: the options the model came from, by which the next run knows that it may re-use it."""
 
@@ -33,7 +36,9 @@ def run_sft(config: SftConfig, env: RankEnv, stop: StopSignal) -> int:
     with rank_runtime(env, config.run, config.actor) as grid:
         if _is_made(run_dir, config):
             if grid.rank == 0:
-                print(f"{run_dir / 'hf'} was made from the same options; re-using it (delete {run_dir} to make it anew)")
+                print(
+                    f"{run_dir / 'hf'} was made from the same options; re-using it (delete {run_dir} to make it anew)"
+                )
             return 0
         completed = _make(config, grid, stop, run_dir)
         dist.barrier()
@@ -48,14 +53,16 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
     data = config.data
     examples = load_questions(data.train, size=data.train_size, seed=config.run.seed, options=data.options)
     check_template(data.prompt_template, "problem")
-    check_template(data.response_template, "answer")
-    texts = [_texts(example, config) for example in examples]
-    tokenizer_dir = Path(config.model.path) if config.model.path else run_dir
+    for template in data.response_templates:
+        check_template(template, "answer")
+    forms = np.random.default_rng(config.run.seed).choice(data.response_templates, len(examples))
+    texts = [_texts(example, form, config) for example, form in zip(examples, forms.tolist(), strict=True)]
+    tokenizer_dir = Path(config.model.path or run_dir)
     if not config.model.path and grid.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        train_sentencepiece([p + r for p, r in texts], run_dir / "tokenizer.model", config.shape.vocab_size)
+        train_character_model([p + r for p, r in texts], run_dir / SENTENCEPIECE_MODEL)
     dist.barrier()
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir) if config.model.path else qwen2_tokenizer(run_dir / SENTENCEPIECE_MODEL)
     hf_config = load_model_config(config.model.path) if config.model.path else _qwen2_config(config.shape, tokenizer)
     encoded = [(tokenizer.encode(p), [*tokenizer.encode(r), tokenizer.eos_token_id]) for p, r in texts]
     actor = Actor(
@@ -95,9 +102,9 @@ def solved_examples(pairs: Sequence[tuple[list[int], list[int]]]) -> Rollouts:
     )
 
 
-def _texts(example: Question, config: SftConfig) -> tuple[str, str]:
-    prompt = config.data.prompt_template.format(problem=example.problem)
-    return prompt, example.solution or config.data.response_template.format(answer=example.expected_answer)
+def _texts(example: Question, response_template: str, config: SftConfig) -> tuple[str, str]:
+    prompt = prompt_text(example.problem, config.data.strip_prefix, config.data.prompt_template)
+    return prompt, example.solution or response_template.format(answer=example.expected_answer)
 
 
 def _qwen2_config(shape: ModelShapeConfig, tokenizer: Any) -> dict[str, Any]:
@@ -110,6 +117,7 @@ def _qwen2_config(shape: ModelShapeConfig, tokenizer: Any) -> dict[str, Any]:
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,
+        initializer_range=shape.initializer_range,
         max_position_embeddings=shape.max_position_embeddings,
         tie_word_embeddings=shape.tied_embeddings,
         bos_token_id=tokenizer.bos_token_id,

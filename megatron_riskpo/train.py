@@ -61,9 +61,7 @@ def _build(
     tokenizer = load_tokenizer(config.model.path)
 
     def encoded(questions: list[Question], what: str) -> EncodedQuestions:
-        prompts, kept = encode_prompts(
-            questions, tokenizer, config.data.prompt_template, config.data.chat_template, config.data.max_prompt_tokens
-        )
+        prompts, kept = encode_prompts(questions, tokenizer, config.data)
         if len(kept) < len(questions):
             num_left_out = len(questions) - len(kept)
             observer.log(f"{what}: left out {num_left_out} of {len(questions)} questions, prompt too long")

@@ -84,7 +84,9 @@ class Trainer:
             rollouts = self.engine.generate([self.train_set.prompts[row] for row in rows], sampling, seeds)
         with phase("reward"):
             answers = [self.train_set.answers[row] for row in rows]
-            rewards = score_rollouts(rollouts, answers, self.tokenizer, self.pool, self.actor.grid.world)
+            rewards = score_rollouts(
+                rollouts, answers, self.tokenizer, self.pool, config.rewards.answer_form, self.actor.grid.world
+            )
         with phase("advantage"):
             # A generator of the step's own: bundles need no state in the checkpoint.
             generator = torch.Generator().manual_seed(sample_seeds(config.run.seed, self.step, 1, "bundles")[0])
@@ -94,6 +96,7 @@ class Trainer:
             )
             self.tracker = estimate.tracker
             advantages = estimate.advantages.flatten()
+            self.warn_without_signal(estimate.metrics)
         with phase("update"):
             # With one mini-batch the policy has not moved yet: its own log-probs are the old ones.
             several = config.actor.mini_batches > 1
@@ -117,6 +120,15 @@ class Trainer:
             "rollout/truncated": float((~rollouts.finished).double().mean()),
             "rollout/tokens_per_second": float(rollouts.response_lengths.sum()) / self.observer.seconds("rollout"),
         }
+
+    def warn_without_signal(self, metrics: dict[str, float]) -> None:
+        """Say it when a step has nothing to learn from: a run in that state does not leave it by itself."""
+        if metrics["risk/zero_advantage_share"] == 1.0:
+            self.observer.log(
+                f"step {self.step}: all advantages are 0 (mean reward {metrics['reward/mean']:.3f}, q_beta "
+                f"{metrics['risk/q_beta']:g}): no response scored above the others that count; use easier questions, "
+                "larger groups, smaller bundles or a larger algorithm.beta"
+            )
 
     def sample_rows(
         self, questions: list[int], rollouts: Rollouts, rewards: Rewards, advantages: Tensor
@@ -145,7 +157,7 @@ class Trainer:
             return evaluate(
                 self.engine, self.held_out.prompts, self.held_out.answers,
                 self.sampling(config.num_samples, config.temperature), seeds, config, self.tokenizer, self.pool,
-                self.actor.grid.world,
+                self.config.rewards.answer_form, self.actor.grid.world,
             )  # fmt: skip
 
     def save(self) -> None:

@@ -198,7 +198,7 @@ def test_vllm_that_is_not_installed_names_both_ways_out(toml, monkeypatch) -> No
             1,
             "shape.num_key_value_heads = 3 does not divide the 4 heads; use 2 or 4",
         ),
-        (["--data.response_template", "x"], 1, "has no {answer}"),
+        (["--data.response_templates", "x"], 1, "has no {answer}"),
         (["--actor.tp", "4"], 4, "key-value heads; use 2"),
     ],
 )

@@ -15,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.ranks import run_on_ranks
+from tests.tiny_models import hf_token_logprobs, load_hf
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +56,8 @@ name = "base"
 ranks = 1
 [shape]
 num_layers = 2
-hidden_size = 64
-intermediate_size = 128
+hidden_size = 128
+intermediate_size = 256
 [data]
 train = "reasoning_gym:chain_sum"
 options = { min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 1 }
@@ -130,7 +133,9 @@ def test_base_model_is_reused(folder):
 def test_killed_run_resumes_bit_for_bit(folder, engine):
     options = ("--rollout.engine", engine)
     train(folder, f"{engine}-whole", *options)
-    process = start(folder, "train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", f"{engine}-killed", *options)
+    process = start(
+        folder, "train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", f"{engine}-killed", *options
+    )
     kill_after_step(folder, process, f"{engine}-killed", step=6)
     assert "resumed" in train(folder, f"{engine}-killed", *options)
     whole, resumed = (metrics(folder, f"{engine}-{kind}") for kind in ("whole", "killed"))
@@ -143,14 +148,27 @@ def test_killed_run_resumes_bit_for_bit(folder, engine):
 
 
 def test_exported_model_equals_actor_and_engine(folder):
-    """transformers on the saved rollouts' model: the folder loads, with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """transformers loads the exported folder; its log-probs of 20 rollouts are the actor's and vLLM's."""
+    from transformers import AutoTokenizer
 
+    train(folder, "vllm-whole")  # the run of the test above, if it was made: then there is nothing left to do
+    outputs, again = run_on_ranks("tests.exported_model_ranks:score_rollouts_of_trained_actor", 2, folder / "ranks")
+    rollouts = outputs["rollouts"]
+    assert outputs["step"] == 10
+    assert rollouts.num_sequences == 20
     path = folder / "runs" / "vllm-whole" / "hf"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    ids = tokenizer("1 + 2 =", return_tensors="pt").input_ids
-    assert tokenizer.decode(ids[0]) == "1 + 2 ="
-    assert torch.isfinite(model(ids).logits).all()
+    model = load_hf(path)
+    expected = torch.cat(
+        [
+            hf_token_logprobs(model, sequence)[prompt - 1 :]
+            for sequence, prompt in zip(rollouts.sequences(), rollouts.prompt_lengths.tolist(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(outputs["actor"], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(rollouts.rollout_logprobs, expected, rtol=0, atol=1e-4)
+    assert torch.equal(outputs["actor"], again["actor"])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer.decode(tokenizer("1 + 2 =").input_ids) == "1 + 2 ="
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

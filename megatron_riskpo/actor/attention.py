@@ -122,4 +122,3 @@ class SDPACoreAttention(MegatronModule):
             scale=self.scale, enable_gqa=q.size(1) != k.size(1),
         )  # fmt: skip
         return out.transpose(1, 2)
-

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_riskpo.config import DataConfig
 from megatron_riskpo.data.questions import Question
 from megatron_riskpo.errors import UsageError
 
@@ -22,25 +23,26 @@ def check_template(template: str, field: str) -> None:
         raise UsageError(f"template {template!r} has {found}; it needs {{{field}}} alone, other braces twice")
 
 
+def prompt_text(problem: str, strip_prefix: str, template: str) -> str:
+    """The problem, without the prefix if it has it, in the (checked) template."""
+    return template.format(problem=problem.removeprefix(strip_prefix))
+
+
 def encode_prompts(
-    questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    chat_template: bool,
-    max_tokens: int,
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> tuple[list[list[int]], list[int]]:
-    """(token ids of each prompt, the index of its question): prompts over `max_tokens` tokens are left out, so
+    """(token ids of each prompt, the index of its question): prompts over max_prompt_tokens are left out, so
     len(questions) - len(ids) were. Raises UsageError: wrong template, no chat template, or no prompt is left.
     """
-    check_template(template, "problem")
-    texts = [template.format(problem=question.problem) for question in questions]
-    if chat_template and tokenizer.chat_template is None:
+    check_template(config.prompt_template, "problem")
+    texts = [prompt_text(question.problem, config.strip_prefix, config.prompt_template) for question in questions]
+    if config.chat_template and tokenizer.chat_template is None:
         raise UsageError("data.chat_template is true, but the tokenizer has no chat template; set it to false")
-    prompts = [_chat_ids(text, tokenizer) for text in texts] if chat_template else _plain_ids(texts, tokenizer)
-    kept = [index for index, ids in enumerate(prompts) if 0 < len(ids) <= max_tokens]
+    prompts = [_chat_ids(text, tokenizer) for text in texts] if config.chat_template else _plain_ids(texts, tokenizer)
+    kept = [index for index, ids in enumerate(prompts) if 0 < len(ids) <= config.max_prompt_tokens]
     if prompts and not kept:
         raise UsageError(
-            f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {max_tokens} "
+            f"all {len(prompts)} prompts are longer than data.max_prompt_tokens = {config.max_prompt_tokens} "
             f"(the shortest has {min(map(len, prompts))} tokens); raise it"
         )
     return [prompts[index] for index in kept], kept

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_riskpo.data.spm_conversion import sentencepiece_to_hf
 from megatron_riskpo.data.spm_training import train_sentencepiece
@@ -64,7 +64,10 @@ def _sentencepiece_files(path: Path) -> list[Path]:
 
 def _load_hf(path: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # What tokenizer.json says is what the model was trained with. AutoTokenizer would rebuild it by the class that
+        # transformers has registered for the model type, for some types whatever the files say.
+        loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+        tokenizer = loader.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"the tokenizer in {path} cannot be loaded ({type(error).__name__}): {reason}") from error

@@ -47,9 +47,7 @@ def build_grid(tp_size: int, pp_size: int, seed: int) -> RankGrid:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
-    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return RankGrid(
         world=dist.group.WORLD,  # type: ignore[arg-type]

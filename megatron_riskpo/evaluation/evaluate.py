@@ -14,15 +14,15 @@ from megatron_riskpo.rollout.types import RolloutEngine, SamplingConfig
 
 def evaluate(
     engine: RolloutEngine, prompts: Sequence[Sequence[int]], answers: Sequence[str], sampling: SamplingConfig,
-    seeds: Sequence[int], config: EvaluationConfig, tokenizer: Any, pool: GraderPool, world: ProcessGroup,
-    name: str = "heldout",
+    seeds: Sequence[int], config: EvaluationConfig, tokenizer: Any, pool: GraderPool, answer_form: str,
+    world: ProcessGroup, name: str = "heldout",
 ) -> dict[str, float]:  # fmt: skip
     """Unbiased eval/<name>/pass@k, with response length (tokens) and the share of truncated responses. Collective.
 
     A response is correct if its reward is above 0.5.
     """
     rollouts = engine.generate(prompts, sampling, seeds)
-    rewards = score_rollouts(rollouts, answers, tokenizer, pool, world)
+    rewards = score_rollouts(rollouts, answers, tokenizer, pool, answer_form, world)
     table = pass_at_k_table(rewards.matrix > 0.5, config.ks)
     return {f"eval/{name}/pass@{k}": value for k, value in table.items()} | {
         f"eval/{name}/response_length": float(rollouts.response_lengths.double().mean()),

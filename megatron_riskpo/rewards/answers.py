@@ -39,6 +39,11 @@ def final_answer(response: str) -> str | None:
     return _trimmed(numbers[-1]) if numbers else None
 
 
+def boxed_or_nothing(response: str) -> str:
+    """The response, or an empty one (no answer) if it holds no complete box."""
+    return response if _last_box(response)[0] is not None else ""
+
+
 def quick_grade(response: str, expected_answer: str) -> float | None:
     """1.0 or 0.0 where text and integer comparison settle it, None where mathematics is needed.
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_riskpo.rewards.answers import boxed_or_nothing
 from megatron_riskpo.rewards.pool import GraderPool, fill_errors
 from megatron_riskpo.rollout.types import Rollouts
 
@@ -24,17 +25,20 @@ class Rewards:
 
 
 def score_rollouts(
-    rollouts: Rollouts, answers: Sequence[str], tokenizer: Any, pool: GraderPool, world: ProcessGroup
+    rollouts: Rollouts, answers: Sequence[str], tokenizer: Any, pool: GraderPool, answer_form: str, world: ProcessGroup
 ) -> Rewards:
     """Grade all responses: every rank grades its share, one all-reduce joins them.
 
-    `answers`: the expected answer of each prompt; its group of responses are consecutive rows.
+    `answers`: the expected answer of each prompt; its group of responses are consecutive rows. answer_form: see
+    RewardConfig.
     """
     num_rows = rollouts.num_sequences
     group_size = num_rows // len(answers)
     mine = range(world.rank(), num_rows, world.size())
     responses = rollouts.responses()
     texts = tokenizer.batch_decode([responses[row] for row in mine], skip_special_tokens=True)
+    if answer_form == "boxed":
+        texts = [boxed_or_nothing(text) for text in texts]
     grades = pool.score(texts, [answers[row // group_size] for row in mine])
     flat = torch.zeros(num_rows, dtype=torch.float64)
     flat[list(mine)] = torch.tensor([grade.score for grade in grades], dtype=torch.float64)
