@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import (
@@ -122,7 +122,7 @@ class Actor:
         set_learning_rate(
             self.optimizer, learning_rate(self.optimizer_config, self.num_optimizer_steps, num_optimizer_steps_total)
         )
-        _, grad_norm, _ = self.optimizer.step()
+        _, grad_norm, _ = cast(tuple, self.optimizer.step())
         self.num_optimizer_steps += 1
         logprobs = gather_logprobs([r.pop("logprobs") for r in results], plan, rollouts, self.grid)
         return logprobs, sum_metrics(results, self.grid) | {"actor/grad_norm": float(grad_norm or 0.0)}

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_riskpo.actor.logprobs import vocab_parallel_logprobs
@@ -124,7 +125,7 @@ def named_parameters(model: PolicyModel) -> Iterator[tuple[str, nn.Parameter]]:
         if ".layers." in name:
             prefix, _, rest = name.partition(".layers.")
             index, _, rest = rest.partition(".")
-            layer = model.decoder.layers[int(index)].layer_number - 1
+            layer = cast(TransformerLayer, model.decoder.layers[int(index)]).layer_number - 1
             rest = _FUSED_NORMS.get(rest, rest)
             name = f"{prefix}.layers.{layer}.{rest}"
         yield name, parameter

@@ -1,6 +1,7 @@
 """Which modules a transformer layer is made of: TransformerEngine's on CUDA where it is installed, else plain torch."""
 
 import importlib.util
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -8,6 +9,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_riskpo.actor.attention import SDPACoreAttention
 from megatron_riskpo.actor.norm import RMSNorm
@@ -29,8 +31,8 @@ def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmo
 def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Megatron's local layer with our core attention (packed sequences) and norm (sequence parallelism)."""
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
-    attention = layer.self_attention.submodules
+    layer = cast(TransformerLayerSubmodules, spec.submodules)
+    attention: Any = layer.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     for owner, names in (
         (layer, ("input_layernorm", "pre_mlp_layernorm")),

@@ -16,7 +16,7 @@ class IsolatedCpuWorker(CPUWorker):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        operators = torch.ops._C
+        operators: Any = torch.ops._C
         bind_memory = operators.init_cpu_memory_env
         operators.init_cpu_memory_env = lambda nodes: None
         try:
@@ -26,5 +26,6 @@ class IsolatedCpuWorker(CPUWorker):
 
     def init_device(self) -> None:
         # Only a name here: the default process group is initialised already.
-        self.distributed_init_method += f":{self.vllm_config.additional_config['shared_memory_name']}"
+        options: Any = self.vllm_config.additional_config
+        self.distributed_init_method += f":{options['shared_memory_name']}"
         super().init_device()

@@ -139,7 +139,7 @@ class VllmEngine:
         )
         requests = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         outputs = self._complete(requests, [params] * len(requests))
-        return [torch.tensor(output.prompt_logprobs.logprobs, dtype=torch.float32) for output in outputs]
+        return [torch.tensor(_flat(output.prompt_logprobs), dtype=torch.float32) for output in outputs]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See RolloutEngine. Tensors must stay unchanged until this returns. A push that fails in any way leaves
@@ -261,10 +261,15 @@ def _without_compiler() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
 
 
+def _flat(logprobs: Any) -> list[float]:
+    """The numbers of vLLM's FlatLogprobs, which its type hints do not tell from lists of dicts."""
+    return logprobs.logprobs
+
+
 def _to_responses(outputs: "list[RequestOutput]") -> Responses:
     completions = [output.outputs[0] for output in outputs]
     tokens = list(itertools.chain.from_iterable(c.token_ids for c in completions))
-    logprobs = list(itertools.chain.from_iterable(c.logprobs.logprobs for c in completions))
+    logprobs = list(itertools.chain.from_iterable(_flat(c.logprobs) for c in completions))
     return Responses(
         lengths=torch.tensor([len(c.token_ids) for c in completions], dtype=torch.int32),
         finished=torch.tensor([c.finish_reason == "stop" for c in completions], dtype=torch.int32),
