@@ -59,20 +59,22 @@ class Trainer:
         self.bridge.sync(self.step)
         if self.step == 0:
             self.observer.record(0, self.evaluate())
-        while self.step < self.config.run.steps:
+        stopping = False
+        while self.step < self.config.run.steps and not stopping:
             self.step += 1
             metrics = self.train_step()
             stopping = agree(self.stop, self.actor.grid.world)
             last = self.step == self.config.run.steps
-            if last or _due(self.step, self.config.evaluation.every):
+            # A scheduler's grace is short: with a signal pending the checkpoint comes first.
+            if last or (not stopping and _due(self.step, self.config.evaluation.every)):
                 metrics |= self.evaluate()
+            # Before the checkpoint: a run killed in between makes the step again, metrics included.
+            self.observer.record(self.step, metrics)
             if last or stopping or _due(self.step, self.config.checkpoint.every):
                 with self.observer.phase("checkpoint"):
                     self.save()
-            self.observer.record(self.step, metrics)
-            if stopping and not last:
-                return False
-        return True
+                self.observer.record_times(self.step)
+        return self.step == self.config.run.steps
 
     def train_step(self) -> dict[str, float]:
         """One RL step; returns its metrics."""
@@ -111,7 +113,7 @@ class Trainer:
         self.observer.save_samples(self.step, lambda n: self.sample_rows(rows[:n], rollouts, rewards, advantages))
         return {
             **estimate.metrics,
-            "reward/errors": float(rewards.num_errors),
+            "reward/errors": float(rewards.errors.sum()),
             **update.metrics,
             **cov_logprob_advantage(segment_mean(trainer_logprobs, rollouts.response_lengths), advantages),
             **mismatch_sums(rollouts.rollout_logprobs, trainer_logprobs).metrics(),
@@ -122,12 +124,16 @@ class Trainer:
         }
 
     def warn_without_signal(self, metrics: dict[str, float]) -> None:
-        """Say it when a step has nothing to learn from: a run in that state does not leave it by itself."""
+        """Say it when a step has nothing to learn from: a run in that state may not leave it by itself."""
         if metrics["risk/zero_advantage_share"] == 1.0:
+            remedy = "harder" if metrics["reward/solve_all"] > metrics["reward/solve_none"] else "easier"
+            if self.config.algorithm.estimator == "riskpo":
+                remedy += " questions, smaller bundles or a larger algorithm.beta"
+            else:
+                remedy += " questions or larger groups"
             self.observer.log(
-                f"step {self.step}: all advantages are 0 (mean reward {metrics['reward/mean']:.3f}, q_beta "
-                f"{metrics['risk/q_beta']:g}): no response scored above the others that count; use easier questions, "
-                "larger groups, smaller bundles or a larger algorithm.beta"
+                f"step {self.step}: all advantages are 0, nothing to learn (mean reward {metrics['reward/mean']:.3f}, "
+                f"q_beta {metrics['risk/q_beta']:g}); use {remedy}"
             )
 
     def sample_rows(

@@ -1,5 +1,6 @@
 """The actor: a Megatron model that scores rollouts, learns from them, and gives its weights away."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_riskpo.checkpoint.hf import load_hf_weights, save_hf
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import RankGrid
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.export import export_weights, plan_export
 from megatron_riskpo.rollout.types import Rollouts
 
@@ -123,9 +125,14 @@ class Actor:
             self.optimizer, learning_rate(self.optimizer_config, self.num_optimizer_steps, num_optimizer_steps_total)
         )
         _, grad_norm, _ = cast(tuple, self.optimizer.step())
+        if not math.isfinite(grad_norm):
+            raise RunError(
+                f"gradient norm is {grad_norm} at optimizer step {self.num_optimizer_steps}; the last checkpoint is "
+                "as it was: lower optimizer.lr or set optimizer.clip_grad, and run again"
+            )
         self.num_optimizer_steps += 1
         logprobs = gather_logprobs([r.pop("logprobs") for r in results], plan, rollouts, self.grid)
-        return logprobs, sum_metrics(results, self.grid) | {"actor/grad_norm": float(grad_norm or 0.0)}
+        return logprobs, sum_metrics(results, self.grid) | {"actor/grad_norm": float(grad_norm)}
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) pairs, on every rank; exhaust it, the gathers are collective."""

@@ -31,7 +31,8 @@ def build_optimizer(
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
             adam_eps=config.eps,
-            clip_grad=config.clip_grad,
+            # Megatron takes the norm only if it may clip; without clipping it is still looked at and logged.
+            clip_grad=config.clip_grad or math.inf,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=distributed,

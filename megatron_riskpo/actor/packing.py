@@ -68,17 +68,27 @@ def _bins_needed(lengths: Sequence[int], max_tokens: int) -> int:
 def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """plan[rank][micro_batch] = sequence indices; every rank has equally many sequences and micro-batches.
 
-    `lengths` are in tokens; a micro-batch holds at most max_tokens, but for a single longer sequence, and where
-    balance over the bins leaves one a few tokens fuller. num_ranks must divide len(lengths).
+    `lengths` are in tokens; a micro-batch holds at most max_tokens, but for a single longer sequence. num_ranks must
+    divide len(lengths).
     """
     if len(lengths) % num_ranks:
         raise ValueError(f"{len(lengths)} sequences do not divide over {num_ranks} data-parallel ranks")
     per_rank = _largest_first(lengths, num_ranks, bin_capacity=len(lengths) // num_ranks)
-    num_bins = max(_bins_needed([lengths[i] for i in rows], max_tokens) for rows in per_rank)
+    rank_lengths = [[lengths[i] for i in rows] for rows in per_rank]
+    num_bins = max(_bins_needed(of_rank, max_tokens) for of_rank in rank_lengths)
+    bins = [_largest_first(of_rank, num_bins) for of_rank in rank_lengths]
+    # Balancing fills bins otherwise than first-fit did, and may need one more.
+    while any(_overfull(members, of_rank, max_tokens) for members, of_rank in zip(bins, rank_lengths, strict=True)):
+        num_bins += 1
+        bins = [_largest_first(of_rank, num_bins) for of_rank in rank_lengths]
     return [
-        [[rows[i] for i in members] for members in _largest_first([lengths[i] for i in rows], num_bins)]
-        for rows in per_rank
+        [[rows[i] for i in micro_batch] for micro_batch in members]
+        for members, rows in zip(bins, per_rank, strict=True)
     ]
+
+
+def _overfull(bins: list[list[int]], lengths: Sequence[int], max_tokens: int) -> bool:
+    return any(len(members) > 1 and sum(lengths[i] for i in members) > max_tokens for members in bins)
 
 
 def pack(rollouts: Rollouts, rows: Sequence[int], pad_to_multiple: int, device: torch.device) -> MicroBatch:

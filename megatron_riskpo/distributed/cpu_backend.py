@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from megatron_riskpo.errors import UsageError
+
 TESTED_MEGATRON_VERSION = "0.16.1"
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -194,7 +196,7 @@ def _check_version() -> None:
 
     found = version("megatron-core")
     if found != TESTED_MEGATRON_VERSION:
-        raise RuntimeError(
+        raise UsageError(
             f"the CPU backend knows megatron-core {TESTED_MEGATRON_VERSION}, found {found}; "
             f"pip install megatron-core=={TESTED_MEGATRON_VERSION}"
         )
@@ -203,7 +205,7 @@ def _check_version() -> None:
 def install() -> None:
     """Call before the first `import megatron.core`. Does nothing where CUDA is available, or when called again.
 
-    Raises RuntimeError for another megatron-core version, or when megatron.core is already imported.
+    Raises UsageError for another megatron-core version, RuntimeError when megatron.core is already imported.
     """
     if torch.cuda.is_available() or any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
         return

@@ -19,12 +19,14 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """Unbiased eval/<name>/pass@k, with response length (tokens) and the share of truncated responses. Collective.
 
-    A response is correct if its reward is above 0.5.
+    A response is correct if its reward is above 0.5; one that could not be graded is not, and counted in
+    eval/<name>/errors.
     """
     rollouts = engine.generate(prompts, sampling, seeds)
     rewards = score_rollouts(rollouts, answers, tokenizer, pool, answer_form, world)
-    table = pass_at_k_table(rewards.matrix > 0.5, config.ks)
+    table = pass_at_k_table((rewards.matrix > 0.5) & ~rewards.errors, config.ks)
     return {f"eval/{name}/pass@{k}": value for k, value in table.items()} | {
+        f"eval/{name}/errors": float(rewards.errors.sum()),
         f"eval/{name}/response_length": float(rollouts.response_lengths.double().mean()),
         f"eval/{name}/truncated": float((~rollouts.finished).double().mean()),
     }

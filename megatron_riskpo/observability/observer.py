@@ -8,7 +8,7 @@ from typing import Any
 from megatron_riskpo.config import LoggingConfig
 from megatron_riskpo.observability.metrics import MetricsWriter
 from megatron_riskpo.observability.progress import Progress
-from megatron_riskpo.observability.samples import write_samples
+from megatron_riskpo.observability.samples import drop_samples_after, write_samples
 from megatron_riskpo.observability.timing import PhaseTimer
 
 
@@ -20,6 +20,8 @@ class Observer:
         self._run_dir = run_dir
         self._progress = Progress(num_steps, enabled=is_writer, start_step=start_step)
         self._timer = PhaseTimer(self._progress.phase)
+        if is_writer:
+            drop_samples_after(run_dir, start_step)
         self._metrics = MetricsWriter(run_dir, config.tensorboard, start_step) if is_writer else None
 
     def __enter__(self) -> "Observer":
@@ -41,6 +43,11 @@ class Observer:
         if self._metrics is not None:
             self._metrics.write(step, row)
         self._progress.step(step, row)
+
+    def record_times(self, step: int) -> None:
+        """Add the times of what followed `record` to the same step's line."""
+        if self._metrics is not None:
+            self._metrics.write(step, self._timer.take())
 
     def log(self, message: str) -> None:
         """A line for the user."""

@@ -34,6 +34,13 @@ def sample_steps(run_dir: Path) -> list[int]:
     return sorted(int(found[1]) for found in names if found)
 
 
+def drop_samples_after(run_dir: Path, step: int) -> None:
+    """Delete what an earlier process sampled after the step that this one goes on from."""
+    for later in sample_steps(run_dir):
+        if later > step:
+            (run_dir / FOLDER / f"step_{later}.jsonl").unlink()
+
+
 def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The rows of one step."""
     # No splitlines: it also cuts at U+2028 and the like, which a response may contain.

@@ -1,5 +1,6 @@
 """From the actor to the rollout engine: push the weights, and on demand prove that they arrived."""
 
+import math
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine
 
 PROBE_SEQUENCES = 8
+"""At least; as many as divide over the data-parallel ranks."""
 PROBE_LENGTH = 32
 
 
@@ -21,7 +23,7 @@ class Bridge:
         self.actor = actor
         self.engine = engine
         self.config = config
-        self.probe = _probe(actor.shape.vocab_size, seed)
+        self.probe = _probe(actor.shape.vocab_size, actor.grid.dp.size(), seed)
 
     def sync(self, version: int) -> dict[str, float]:
         """Bring the engine to the actor's weights and call them `version`. Collective.
@@ -44,11 +46,11 @@ class Bridge:
     def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:
         expected = self.actor.logprobs(self.probe, temperature=1.0)
         found = torch.cat(engine.token_logprobs([s.tolist() for s in self.probe.sequences()]))
-        worst = (found - expected).abs().mean().to(self.actor.grid.device)
+        # Infinity in place of NaN: a MAX over ranks may drop a NaN.
+        worst = (found - expected).abs().mean().nan_to_num(nan=math.inf).to(self.actor.grid.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.actor.grid.world)
         difference = float(worst)
-        # "not <=" so that NaN is refused too
-        if not difference <= self.config.tolerance:
+        if difference > self.config.tolerance:
             raise RunError(
                 f"bridge.verify: after sync {version} log-probs of engine and actor differ by {difference:.2e} nats on "
                 f"average, tolerance {self.config.tolerance:.1e}; the engine holds wrong weights (or raise "
@@ -57,15 +59,15 @@ class Bridge:
         return {"bridge/verify_logprob_abs_mean": difference}
 
 
-def _probe(vocab_size: int, seed: int) -> Rollouts:
+def _probe(vocab_size: int, dp_size: int, seed: int) -> Rollouts:
     """Random token sequences: they reach every embedding row sooner or later, unlike the task's own text."""
     generator = torch.Generator().manual_seed(seed)
-    ones = torch.ones(PROBE_SEQUENCES, dtype=torch.long)
-    tokens = torch.randint(0, vocab_size, (PROBE_SEQUENCES * PROBE_LENGTH,), generator=generator)
+    num_sequences = -(-PROBE_SEQUENCES // dp_size) * dp_size
+    ones = torch.ones(num_sequences, dtype=torch.long)
     return Rollouts(
-        tokens=tokens,
+        tokens=torch.randint(0, vocab_size, (num_sequences * PROBE_LENGTH,), generator=generator),
         prompt_lengths=ones,
         response_lengths=ones * (PROBE_LENGTH - 1),
-        rollout_logprobs=torch.zeros(PROBE_SEQUENCES * (PROBE_LENGTH - 1)),
+        rollout_logprobs=torch.zeros(num_sequences * (PROBE_LENGTH - 1)),
         finished=ones.bool(),
     )

@@ -10,7 +10,6 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_riskpo.errors import RunError
 from megatron_riskpo.rewards.answers import quick_grade
 from megatron_riskpo.rewards.process import GraderDied, GraderProcess
 
@@ -48,7 +47,7 @@ class GraderPool:
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[Grade]:
         """One Grade a response, in order. Takes at most about num_responses / workers * timeout_s.
 
-        Raises UsageError if the grader cannot be imported, RunError if it failed on every one of several responses.
+        Raises UsageError if the grader cannot be imported.
         """
         for start in self._starts:
             if start.done():
@@ -57,11 +56,7 @@ class GraderPool:
         # Trivial cases of the built-in grader cost microseconds here and a hundred times that in a worker.
         quick = [quick_grade(*pair) if self._grader == MATH_GRADER else None for pair in pairs]
         futures = {i: self._threads.submit(self._grade, *pairs[i]) for i, score in enumerate(quick) if score is None}
-        grades = [futures[i].result() if score is None else Grade(score) for i, score in enumerate(quick)]
-        errors = [grade.error for grade in grades if grade.error is not None]
-        if len(errors) == len(grades) > 1:
-            raise RunError(f"the grader {self._grader} failed on all {len(errors)} responses, for example: {errors[0]}")
-        return grades
+        return [futures[i].result() if score is None else Grade(score) for i, score in enumerate(quick)]
 
     def close(self) -> None:
         """End all workers, also those in the middle of a task."""
@@ -92,8 +87,8 @@ class GraderPool:
         return Grade(outcome["score"]) if "score" in outcome else Grade(math.nan, outcome["error"])
 
 
-def fill_errors(rewards: Tensor) -> tuple[Tensor, int]:
-    """Replace NaN, the reward of a response that could not be graded, and count them.
+def fill_errors(rewards: Tensor) -> Tensor:
+    """Replace NaN, the reward of a response that could not be graded.
 
     rewards: float [num_prompts, group_size]. An error becomes the mean of its group's other rewards, so that it tells
     nothing for or against its response: it leaves the group's mean as it is and lies on every group baseline. 0 would
@@ -101,4 +96,4 @@ def fill_errors(rewards: Tensor) -> tuple[Tensor, int]:
     """
     errors = rewards.isnan()
     means = rewards.nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
-    return torch.where(errors, means, rewards), int(errors.sum())
+    return torch.where(errors, means, rewards)

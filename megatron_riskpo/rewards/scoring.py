@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.rewards.answers import boxed_or_nothing
 from megatron_riskpo.rewards.pool import GraderPool, fill_errors
 from megatron_riskpo.rollout.types import Rollouts
@@ -20,8 +21,8 @@ class Rewards:
 
     matrix: Tensor
     """float64 [num_prompts, group_size]; an error stands in as the mean of its group's other rewards."""
-    num_errors: int
-    """Responses whose grader failed or ran out of time."""
+    errors: Tensor
+    """bool [num_prompts, group_size]: the grader failed or ran out of time."""
 
 
 def score_rollouts(
@@ -30,7 +31,7 @@ def score_rollouts(
     """Grade all responses: every rank grades its share, one all-reduce joins them.
 
     `answers`: the expected answer of each prompt; its group of responses are consecutive rows. answer_form: see
-    RewardConfig.
+    RewardConfig. Raises RunError on every rank if not one response could be graded.
     """
     num_rows = rollouts.num_sequences
     group_size = num_rows // len(answers)
@@ -43,5 +44,8 @@ def score_rollouts(
     flat = torch.zeros(num_rows, dtype=torch.float64)
     flat[list(mine)] = torch.tensor([grade.score for grade in grades], dtype=torch.float64)
     dist.all_reduce(flat, group=world)  # every row has one grader, the others add 0; an error is NaN and stays so
-    matrix, num_errors = fill_errors(flat.view(len(answers), group_size))
-    return Rewards(matrix, num_errors)
+    errors = flat.isnan()
+    if errors.all() and num_rows > 1:
+        example = next((grade.error for grade in grades if grade.error is not None), "on another rank")
+        raise RunError(f"the grader failed on all {num_rows} responses of the batch, for example: {example}")
+    return Rewards(fill_errors(flat.view(len(answers), group_size)), errors.view(len(answers), group_size))

@@ -74,12 +74,6 @@ class Rollouts:
             finished=self.finished[index],
         )
 
-    @staticmethod
-    def concatenate(parts: Sequence["Rollouts"]) -> "Rollouts":
-        """One batch out of several, in order."""
-        fields = ("tokens", "prompt_lengths", "response_lengths", "rollout_logprobs", "finished")
-        return Rollouts(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
-
 
 class RolloutEngine(Protocol):
     """A sampler that runs SPMD in the training processes: every rank makes the same calls with the same

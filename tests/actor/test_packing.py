@@ -22,10 +22,15 @@ def test_plan_covers_every_sequence_once_with_equal_counts(lengths, num_ranks, m
     assert all(rows for rank in plan for rows in rank)
 
 
-def test_plan_respects_the_token_budget_when_sequences_are_small():
-    lengths = [30] * 64
-    for rank in plan_micro_batches(lengths, 2, 300):
-        assert [sum(lengths[i] for i in rows) for rows in rank] <= [300] * len(rank)
+@settings(deadline=None)
+@given(lengths=lengths_strategy, max_tokens=st.integers(50, 1000))
+def test_plan_respects_the_token_budget(lengths, max_tokens):
+    (plan,) = plan_micro_batches(lengths, 1, max_tokens)
+    assert all(len(rows) == 1 or sum(lengths[i] for i in rows) <= max_tokens for rows in plan)
+
+
+def test_plan_uses_few_micro_batches():
+    for rank in plan_micro_batches([30] * 64, 2, 300):
         assert len(rank) == 4  # 32 sequences of 30 tokens, 10 a micro-batch
 
 

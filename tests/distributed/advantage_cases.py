@@ -49,5 +49,5 @@ def advantages_on_this_rank(folder: Path) -> dict[str, list[Any]]:
                 scored = score_rollouts(rollouts, ["1"] * NUM_PROMPTS, DigitTokenizer(), pool, "any", dist.group.WORLD)
                 outputs = compute_advantages(scored.matrix, config, tracker=tracker, generator=generator)
                 tracker = outputs.tracker
-                results[name].append((outputs.advantages, outputs.metrics, scored.num_errors))
+                results[name].append((outputs.advantages, outputs.metrics, int(scored.errors.sum())))
     return results

@@ -82,6 +82,13 @@ def layouts(world_size: int) -> dict[str, ActorConfig]:
             "reference": ActorConfig(distributed_optimizer=False, micro_batch_tokens=10**6),
             "micro-batches": ActorConfig(**common),
             "distributed optimizer": ActorConfig(micro_batch_tokens=150),
+            "reference of 2 mini-batches": ActorConfig(mini_batches=2, distributed_optimizer=False),
+        }
+    if world_size == 4:
+        return {
+            "tp2 pp2 sp": ActorConfig(tp=2, pp=2, sequence_parallel=True, **common),
+            "tp2 dp2 distributed optimizer": ActorConfig(tp=2, micro_batch_tokens=150),
+            "pp2 dp2, 2 mini-batches": ActorConfig(pp=2, mini_batches=2, **common),
         }
     return {
         "tp2": ActorConfig(tp=2, **common),
@@ -90,6 +97,7 @@ def layouts(world_size: int) -> dict[str, ActorConfig]:
         "dp2": ActorConfig(**common),
         "dp2 distributed optimizer": ActorConfig(micro_batch_tokens=150),
         "tp2 distributed optimizer": ActorConfig(tp=2, micro_batch_tokens=150),
+        "dp2, 2 mini-batches": ActorConfig(mini_batches=2, **common),
     }
 
 

@@ -23,17 +23,25 @@ def results(tmp_path_factory):
         make_tiny_qwen2(folder / tied, tied=tied == "tied", seed=3, vocab_size=97)
     target = f"{run.__module__}:{run.__name__}"
     (single,) = run_on_ranks(target, 1, folder / "one")
-    return folder, single, run_on_ranks(target, 2, folder / "two")
+    ranks = [*run_on_ranks(target, 2, folder / "two"), *run_on_ranks(target, 4, folder / "four")]
+    return folder, single, ranks
 
 
 CASES = [(tied, loss) for tied in ("tied", "untied") for loss in LOSSES]
 
 
-def largest_difference(a: dict, b: dict) -> float:
-    """Over all tensors, relative to the largest element anywhere (gradients of biases can be near 0)."""
+def relative_error(a: dict, b: dict) -> float:
+    """|a - b| / |b| in the 2-norm, all tensors as one vector."""
     assert a.keys() == b.keys()
-    scale = max(t.abs().max().item() for t in b.values())
-    return max((a[n] - b[n]).abs().max().item() for n in b) / scale
+    difference = torch.stack([(a[n] - b[n]).double().norm() for n in b]).norm()
+    return float(difference / torch.stack([t.double().norm() for t in b.values()]).norm())
+
+
+def worst_tensor(a: dict, b: dict) -> float:
+    """The same for each tensor alone, the worst of them. One that is a thousand times smaller than the largest is
+    measured against that (the gradient of a key bias is 0 but for rounding: attention does not see it)."""
+    floor = 1e-3 * max(t.norm().item() for t in b.values())
+    return max((a[n] - b[n]).norm().item() / max(b[n].norm().item(), floor) for n in b)
 
 
 @pytest.mark.parametrize("tied", ["tied", "untied"])
@@ -53,17 +61,21 @@ def test_logprobs_equal_transformers(results, tied):
 @pytest.mark.parametrize(("tied", "loss"), CASES)
 def test_update_does_not_depend_on_layout(results, tied, loss):
     _, single, ranks = results
-    reference = single["reference", tied, loss]
-    for rank, rank_results in enumerate([single, *ranks]):
+    for rank_results in [single, *ranks]:
         for (layout, t, name), outputs in rank_results.items():
-            if (t, name) != (tied, loss) or layout == "reference":
+            if (t, name) != (tied, loss) or "reference" in layout:
                 continue
-            where = f"{layout} on rank {rank - 1 if rank else 0}"
-            torch.testing.assert_close(outputs["before"], reference["before"], rtol=0, atol=5e-6, msg=where)
-            assert outputs["metrics"] == pytest.approx(reference["metrics"], rel=RELATIVE, abs=2e-7), where
+            kind = "reference of 2 mini-batches" if "2 mini-batches" in layout else "reference"
+            reference = single[kind, tied, loss]
+            torch.testing.assert_close(outputs["before"], reference["before"], rtol=0, atol=5e-6, msg=layout)
+            torch.testing.assert_close(outputs["logprobs"], reference["logprobs"], rtol=0, atol=1e-5, msg=layout)
+            assert outputs["metrics"] == pytest.approx(reference["metrics"], rel=RELATIVE, abs=2e-7), layout
             if outputs["gradients"]:
-                assert largest_difference(outputs["gradients"], reference["gradients"]) < RELATIVE, where
-            assert largest_difference(outputs["weights"], reference["weights"]) < 2e-6, where
+                # The last mini-batch's: after an optimizer step the weights differ by rounding already.
+                bound = 2 * RELATIVE if "2 mini-batches" in layout else RELATIVE
+                assert relative_error(outputs["gradients"], reference["gradients"]) < bound, layout
+                assert worst_tensor(outputs["gradients"], reference["gradients"]) < 1e-5, layout
+            assert relative_error(outputs["weights"], reference["weights"]) < RELATIVE, layout
 
 
 def test_update_moves_the_weights(results):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.pool import MATH_GRADER, Grade, GraderPool, fill_errors
 from megatron_riskpo.rewards.process import GraderProcess
 
@@ -130,12 +130,10 @@ def test_a_grader_that_cannot_be_imported_is_a_usage_error(grader: str):
         pool.score(["r"], ["a"])
 
 
-def test_a_grader_that_always_fails_ends_the_run_with_an_example():
-    with (
-        GraderPool(f"{HOSTILE}:always_raises", workers=1, timeout_s=5) as pool,
-        pytest.raises(RunError, match="all 3 responses, for example: ValueError: broken grader"),
-    ):
-        pool.score(["r"] * 3, ["a"] * 3)
+def test_a_grader_that_always_fails_gives_errors_with_the_reason():
+    with GraderPool(f"{HOSTILE}:always_raises", workers=1, timeout_s=5) as pool:
+        grades = pool.score(["r"] * 3, ["a"] * 3)
+    assert [grade.error for grade in grades] == ["ValueError: broken grader"] * 3
 
 
 def test_math_grades_come_in_order_and_a_hanging_power_is_an_error():
@@ -155,8 +153,7 @@ def test_integer_answers_need_no_worker(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_error_takes_the_mean_of_its_group_and_moves_no_baseline():
     nan = math.nan
-    filled, num_errors = fill_errors(torch.tensor([[1.0, 0.0, 0.0, nan], [nan, nan, nan, nan], [1.0, 1.0, 0.0, 1.0]]))
-    assert num_errors == 5
+    filled = fill_errors(torch.tensor([[1.0, 0.0, 0.0, nan], [nan, nan, nan, nan], [1.0, 1.0, 0.0, 1.0]]))
     assert torch.equal(filled[2], torch.tensor([1.0, 1.0, 0.0, 1.0]))
     assert torch.equal(filled[1], torch.zeros(4))
     torch.testing.assert_close(filled[0].mean(), torch.tensor([1.0, 0.0, 0.0]).mean())

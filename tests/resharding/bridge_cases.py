@@ -1,0 +1,57 @@
+"""What one rank does in test_bridge: an engine that scores with the actor's weights, or spoils its answer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.config import ActorConfig, BridgeConfig, OptimizerConfig
+from megatron_riskpo.distributed.grid import build_grid
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.bridge import Bridge
+from tests.tiny_models import hf_token_logprobs, load_hf
+
+
+class HfEngine:
+    """Scores with transformers on the checkpoint that the actor was loaded from."""
+
+    shares_weights = False
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model = load_hf(model_dir)
+        self.weight_version = -1
+        self.lag = 0
+        self.spoil = 0.0
+
+    def update_weights(self, weights: Any, version: int) -> None:
+        for _ in weights:
+            pass
+        self.weight_version = version - self.lag
+
+    def token_logprobs(self, sequences: list[list[int]]) -> list[torch.Tensor]:
+        return [hf_token_logprobs(self.model, sequence) + self.spoil for sequence in sequences]
+
+
+def outcomes(folder: Path) -> dict[str, Any]:
+    """What sync says in each case, on this rank."""
+    grid = build_grid(1, 1, seed=0)
+    model_dir = folder.parent / "model"
+    actor = Actor.from_hf(model_dir, ActorConfig(), OptimizerConfig(), torch.float32, grid)
+    engine = HfEngine(model_dir)
+    bridge = Bridge(actor, engine, BridgeConfig(verify=True), seed=0)
+    results: dict[str, Any] = {"equal": bridge.sync(0)["bridge/verify_logprob_abs_mean"]}
+
+    def refusal(version: int) -> str:
+        try:
+            bridge.sync(version)
+        except RunError as error:
+            return str(error)
+        return "accepted"
+
+    for case, spoil in (("another weight on rank 1", 0.01), ("nan on rank 1", float("nan"))):
+        engine.spoil = spoil if grid.rank == 1 else 0.0
+        results[case] = refusal(1)
+    engine.spoil, engine.lag = 0.0, 1
+    results["another version"] = refusal(3)
+    return results
