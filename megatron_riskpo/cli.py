@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explain(error: Exception) -> tuple[str, int]:
     """One line for the user, and the exit code."""
+    if isinstance(error, RiskpoError):
+        return _one_line(error), error.exit_code
     full = _disk_full(error)
     if full is not None:
         where = f" while writing {full.filename}" if isinstance(full, OSError) and full.filename else ""
         return f"no space left on device{where}: {_one_line(error)}; free space or set run.dir to another disk", 1
-    if isinstance(error, RiskpoError):
-        return _one_line(error), error.exit_code
     return f"{type(error).__name__}: {_one_line(error)} (use --debug for the traceback)", 1
 
 

@@ -28,8 +28,8 @@ def handlers_restored(monkeypatch):
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     (tmp_path / "model").mkdir()
-    model = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
-    model |= {"intermediate_size": 384, "max_position_embeddings": 512}
+    model = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2, "hidden_size": 128}
+    model |= {"model_type": "qwen2", "intermediate_size": 384, "max_position_embeddings": 512}
     (tmp_path / "model" / "config.json").write_text(json.dumps(model))
     path = tmp_path / "x.toml"
     path.write_text(
@@ -101,6 +101,9 @@ def test_estimator_list_prints_the_registry(recipe: str, capfd) -> None:
 def test_errors_are_explained_in_one_line() -> None:
     assert explain(UsageError("bad\n  key")) == ("bad key", 2)
     assert explain(RunError("lost a rank")) == ("lost a rank", 1)
+    full = RunError("checkpoint step_5 could not be written")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert explain(full) == ("checkpoint step_5 could not be written", 1)
     assert explain(ValueError("x")) == ("ValueError: x (use --debug for the traceback)", 1)
 
 

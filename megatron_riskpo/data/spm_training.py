@@ -43,7 +43,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
     if vocab_size < smallest:
         raise UsageError(
             f"vocab_size {vocab_size} is too small: the text's {len(characters)} characters and the special pieces "
-            f"need {smallest}; raise shape.vocab_size"
+            f"need {smallest}; raise it"
         )
     model = sentencepiece_model_pb2.ModelProto.FromString(_train(texts, characters, vocab_size, byte_fallback))
     _make_exactly_convertible(model)
