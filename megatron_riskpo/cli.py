@@ -84,15 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-riskpo {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (
-        ("train", "Train a model by RL with verifiable rewards."),
-        ("sft", "Warm-start a model on solved examples: the base model of an RL run."),
+    signals = "SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end the run cleanly"
+    for name, text, ending in (
+        ("train", "Train a model by RL with verifiable rewards.", "checkpoint, exit code 0"),
+        ("sft", "Warm-start a model on solved examples: the base model of an RL run.", "no model, exit code 1"),
     ):
         command = commands.add_parser(
             name,
             help=text,
             description=f"{text} Bare, it starts its own ranks on this machine; under torchrun or srun it uses those.",
-            epilog="SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end the run cleanly: checkpoint, exit code 0.",
+            epilog=f"{signals}: {ending}.",
         )
         command.add_argument("config", metavar="X.toml", help="configuration file (examples/ has commented ones)")
         command.add_argument("overrides", metavar="...", nargs=argparse.REMAINDER, help=_OVERRIDES_HELP)

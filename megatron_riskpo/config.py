@@ -8,26 +8,35 @@ from megatron_riskpo.algorithms.config import AlgorithmConfig, PolicyLossConfig
 
 Scalar = int | float | bool | str
 
+PROBE_LENGTH = 32
+"""Tokens of each sequence on which `bridge.verify` compares the engine with the actor."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives and how long it is."""
+    """Where the run lives and how it is started."""
 
     name: str = "run"
     """The run's folder is dir/name."""
     dir: str = "runs"
     """Parent of all run folders."""
-    steps: int = 100
-    """Number of RL steps (rollout, reward, update)."""
     seed: int = 1234
     """Seeds data order, sampling, bundles and initial weights; the same seed gives the same run."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest complete checkpoint of the run folder; never: refuse a folder that has one."""
     ranks: int = 0
-    """Processes that a bare `riskpo train` starts on this machine; 0: actor.tp * actor.pp. Not used under
+    """Processes that a bare `riskpo` starts on this machine; 0: actor.tp * actor.pp. Not used under
     torchrun or srun."""
     timeout_s: float = 600.0
     """A collective that waits longer than this, in seconds, ends the run (a peer is dead or hung)."""
+
+
+@dataclass(frozen=True)
+class TrainRunConfig(RunConfig):
+    """... how long an RL run is, and whether it goes on from a checkpoint."""
+
+    steps: int = 100
+    """Number of RL steps (rollout, reward, update)."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest complete checkpoint of the run folder; never: refuse a folder that has one."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ class LoggingConfig:
 class TrainConfig:
     """`riskpo train`."""
 
-    run: RunConfig = RunConfig()
+    run: TrainRunConfig = TrainRunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

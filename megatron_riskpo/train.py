@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.config_io import write_run_record
 from megatron_riskpo.data.prompts import encode_prompts
 from megatron_riskpo.data.questions import Question, load_split
@@ -18,6 +19,7 @@ from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.observer import Observer
+from megatron_riskpo.resume import check_resume
 
 
 def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
@@ -31,14 +33,19 @@ def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
             raise UsageError(
                 f"{run_dir} holds {checkpoint.name}; choose another run.name, delete the folder, or set run.resume=auto"
             )
+        if checkpoint is not None:
+            check_resume(config, run_dir)
         start_step = int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
         trainer = _build(config, grid, stop, run_dir, start_step, stack)
         if checkpoint is not None:
             trainer.restore(load_checkpoint(checkpoint, trainer.actor))
             trainer.observer.log(f"resumed from {checkpoint} at step {trainer.step}")
-        if grid.rank == 0:
+        all_done = trainer.step >= config.run.steps
+        if all_done:
+            trainer.observer.log(f"all {config.run.steps} steps are done; nothing to train")
+        elif grid.rank == 0:
             write_run_record(config, run_dir)
-        completed = trainer.run()
+        completed = all_done or trainer.run()
         if completed:
             trainer.actor.save_hf(
                 run_dir / "hf", lambda folder: carry_tokenizer(trainer.tokenizer, config.model.path, folder)
@@ -70,6 +77,9 @@ def _build(
 
     train_questions, held_out_questions = load_split(config.data, config.run.seed)
     train_set, held_out = encoded(train_questions, "training"), encoded(held_out_questions, "held out")
+    stream = PromptStream(
+        len(train_set.prompts), config.data.prompts_per_step, config.run.seed, option="data.prompts_per_step"
+    )
     actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
     engine = _build_engine(config, actor, grid)
     stack.callback(engine.close)
@@ -84,7 +94,7 @@ def _build(
         tokenizer=tokenizer,
         train_set=train_set,
         held_out=held_out,
-        stream=PromptStream(len(train_set.prompts), config.data.prompts_per_step, config.run.seed),
+        stream=stream,
         stop_token_ids=stop_token_ids(config.model.path, tokenizer),
         stop=stop,
         observer=stack.enter_context(observer),
@@ -93,8 +103,7 @@ def _build(
 
 
 def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid) -> Any:
-    # One more than the longest sequence: bridge.verify scores whole sequences, for which vLLM samples one token.
-    max_length = max(config.data.max_prompt_tokens + config.rollout.max_response_tokens, 32) + 1
+    max_length = max_sequence_length(config)
     if config.rollout.engine == "megatron":
         from megatron_riskpo.rollout.megatron_engine import MegatronEngine
 

@@ -16,6 +16,7 @@ from megatron_riskpo.config_checks import (
     Setup,
     check_sft,
     check_train,
+    max_sequence_length,
     model_from_shape,
     problems,
 )
@@ -23,6 +24,8 @@ from megatron_riskpo.config_io import git_state, leaf_types, load_config, load_m
 from megatron_riskpo.errors import UsageError
 
 MODEL = {
+    "model_type": "qwen2",
+    "hidden_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 6,
@@ -151,7 +154,11 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
             3,
             "rollout.tp = 2 does not divide the 3 ranks; use 1 or 3",
         ),
-        (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, "the 4 attention heads of the model; use 2 or 4"),
+        (
+            ["--rollout.engine", "vllm", "--rollout.tp", "3"],
+            3,
+            "does not divide the model's 4 attention heads; use 2 or 4",
+        ),
         (["--rollout.group_size", "1", "--algorithm.estimator", "grpo"], 1, "rollout.group_size = 1"),
         (["--algorithm.estimator", "gropo"], 1, "did you mean grpo?"),
         (["--actor.mini_batches", "3"], 1, "actor.mini_batches = 3 times 1 data-parallel ranks"),
@@ -159,6 +166,7 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         (["--rollout.temperature", "0"], 1, "rollout.temperature = 0.0 is out of range; it must be > 0"),
         (["--evaluation.num_samples", "4"], 1, "evaluation.ks has k = 8, more than evaluation.num_samples = 4"),
         (["--data.max_prompt_tokens", "500"], 1, "500 + 64 = 564 exceeds the model's max_position_embeddings = 512"),
+        (["--model.path", "runs/a/hf", "--run.name", "a"], 1, "runs/a/hf is where this run writes its own model"),
         (["--run.steps", "0"], 1, "run.steps = 0 is out of range; it must be >= 1"),
         (["--run.name", "a/b"], 1, "run.name = 'a/b' is no folder name"),
         (["--data.prompt_template", "hello"], 1, "has no {problem}"),
@@ -179,6 +187,37 @@ def test_layouts_that_work_pass_every_rule(layout, toml) -> None:
     config = load_config(TrainConfig, toml(), [*BASE, "--actor.tp", str(tp), "--actor.pp", str(pp)])
     check_train(config, world_size, MODEL)
     assert list(problems(TRAIN_RULES, Setup(config, world_size, MODEL))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({"model_type": "gpt2", "num_hidden_layers": None}, 1, "model_type 'gpt2' in config.json is not supported"),
+        ({"hidden_size": None}, 1, "hidden_size = None"),
+        ({"intermediate_size": 382}, 4, "rollout.tp = 4 does not divide the model's 382 MLP columns"),
+        ({"max_position_embeddings": 320}, 1, None),
+        ({"max_position_embeddings": 319}, 1, "256 + 64 = 320 exceeds the model's max_position_embeddings = 319"),
+    ],
+)
+def test_the_model_must_fit(changes, world_size: int, message: str | None, toml) -> None:
+    config = load_config(
+        TrainConfig,
+        toml(),
+        [*BASE, "--rollout.engine", "vllm", "--rollout.tp", str(world_size), "--bridge.verify", "true"],
+    )
+    found = next(problems(TRAIN_RULES, Setup(config, world_size, MODEL | changes)), None)
+    assert (message in found) if message and found else found == message
+
+
+def test_short_sequences_leave_room_for_the_probe(toml) -> None:
+    short = [*BASE, "--rollout.engine", "vllm", "--data.max_prompt_tokens", "8", "--rollout.max_response_tokens", "8"]
+    config = load_config(TrainConfig, toml(), short)
+    verified = load_config(TrainConfig, toml(), [*short, "--bridge.verify", "true"])
+    assert (max_sequence_length(config), max_sequence_length(verified)) == (16, 33)
+    model = MODEL | {"max_position_embeddings": 32}
+    check_train(config, 1, model)
+    with pytest.raises(UsageError, match=r"bridge.verify needs 33 positions, .* is 32; set it to false"):
+        check_train(verified, 1, model)
 
 
 def test_vllm_that_is_not_installed_names_both_ways_out(toml, monkeypatch) -> None:

@@ -13,12 +13,12 @@ STREAMS = {"train": 1, "evaluation": 2, "bundles": 3}
 
 class PromptStream:
     """Question indices in batches: epoch after epoch, each epoch a permutation that depends on (seed, epoch) only.
-    A batch may run over the end of an epoch."""
+    A batch may run over the end of an epoch. `option`: the option that batch_size comes from, for its error."""
 
-    def __init__(self, num_questions: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_questions: int, batch_size: int, seed: int, *, option: str) -> None:
         if not 1 <= batch_size <= num_questions:
             raise UsageError(
-                f"data.prompts_per_step is {batch_size}, but there are {num_questions} training questions; "
+                f"{option} = {batch_size}, but there are {num_questions} training questions; "
                 "it must be between 1 and that number"
             )
         self._num_questions, self._batch_size, self._seed = num_questions, batch_size, seed

@@ -2,15 +2,18 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 
 from megatron_riskpo.data.stream import PromptStream, sample_seeds
 from megatron_riskpo.errors import UsageError
 
+stream_of = partial(PromptStream, option="sft.batch_size")
+
 
 def test_every_epoch_takes_each_question_once_across_batch_boundaries():
-    stream = PromptStream(num_questions=10, batch_size=4, seed=1)
+    stream = stream_of(num_questions=10, batch_size=4, seed=1)
     drawn = [index for _ in range(15) for index in stream.next_batch()]
     epochs = [drawn[start : start + 10] for start in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -19,35 +22,38 @@ def test_every_epoch_takes_each_question_once_across_batch_boundaries():
 
 
 def test_resume_is_exact_at_every_position_and_with_another_batch_size():
-    whole = PromptStream(7, 3, seed=5)
+    whole = stream_of(7, 3, seed=5)
     expected = [whole.next_batch() for _ in range(12)]
     for done in range(12):
-        first, second = PromptStream(7, 3, seed=5), PromptStream(7, 3, seed=5)
+        first, second = (
+            stream_of(7, 3, seed=5),
+            stream_of(7, 3, seed=5),
+        )
         for _ in range(done):
             first.next_batch()
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert [second.next_batch() for _ in range(12 - done)] == expected[done:]
-    one_by_one = PromptStream(7, 1, seed=5)
+    one_by_one = stream_of(7, 1, seed=5)
     one_by_one.load_state_dict({**one_by_one.state_dict(), "position": 9})
     assert [one_by_one.next_batch()[0] for _ in range(27)] == [i for batch in expected for i in batch][9:]
 
 
 def test_the_seed_decides_the_order():
-    batches = [PromptStream(50, 50, seed).next_batch() for seed in (1, 1, 2)]
+    batches = [stream_of(50, 50, seed).next_batch() for seed in (1, 1, 2)]
     assert batches[0] == batches[1] != batches[2]
 
 
 @pytest.mark.parametrize("batch_size", [0, 6])
 def test_a_batch_must_fit_the_questions(batch_size: int):
-    with pytest.raises(UsageError, match=f"prompts_per_step is {batch_size}, but there are 5"):
-        PromptStream(5, batch_size, 1)
+    with pytest.raises(UsageError, match=f"sft.batch_size = {batch_size}, but there are 5"):
+        stream_of(5, batch_size, 1)
 
 
 @pytest.mark.parametrize(("num_questions", "seed", "change"), [(6, 1, "num_questions 5 -> 6"), (5, 2, "seed 1 -> 2")])
 def test_a_position_in_other_data_is_refused(num_questions: int, seed: int, change: str):
-    state = PromptStream(5, 2, 1).state_dict()
+    state = stream_of(5, 2, 1).state_dict()
     with pytest.raises(UsageError, match=change):
-        PromptStream(num_questions, 2, seed).load_state_dict(state)
+        stream_of(num_questions, 2, seed).load_state_dict(state)
 
 
 def test_sample_seeds_are_reproducible_distinct_and_in_range():
