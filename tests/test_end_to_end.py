@@ -5,6 +5,8 @@ Second way to the final weights of a resumed run: the same run in one go. The ba
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_riskpo.checkpoint.manifest import corrupted_files, read_manifest
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import hf_token_logprobs, load_hf
 
@@ -50,6 +53,10 @@ every = 5
 [bridge]
 verify = true
 """
+# With no option that only RiskPO or only a generated task has.
+PLAIN = "\n".join(
+    line for line in OPTIONS.splitlines() if not line.startswith(("options", "[algorithm]", "bundle", "quantile"))
+)
 BASE = """
 [run]
 name = "base"
@@ -91,6 +98,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "base.toml").write_text(BASE)
     (folder / "rl.toml").write_text(OPTIONS)
+    (folder / "plain.toml").write_text(PLAIN)
     run(folder, "sft", "base.toml")
     return folder
 
@@ -113,16 +121,25 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "runs" / name / "hf" / "model.safetensors")
 
 
-def kill_after_step(folder: Path, process: subprocess.Popen, name: str, step: int) -> None:
-    """SIGKILL to the launcher once the step's metrics are there; its ranks die with it."""
+def signal_after_step(folder: Path, process: subprocess.Popen, name: str, step: int, number: signal.Signals) -> str:
+    """Send the signal to the launcher once the step's metrics are there; the output."""
     deadline = time.monotonic() + 240
     path = folder / "runs" / name / "metrics.jsonl"
     while not (path.exists() and f'"step": {step},' in path.read_text()):
         assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            process.kill()  # its ranks die with it
+            pytest.fail(f"step {step} did not come:\n{process.communicate()[0][-4000:]}")
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send_signal(number)
+    return process.communicate(timeout=60)[0]
+
+
+def error_line(output: str) -> str:
+    """The one line that tells of the error."""
+    (line,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert "Traceback" not in output
+    return line
 
 
 def test_base_model_is_reused(folder):
@@ -136,7 +153,7 @@ def test_killed_run_resumes_bit_for_bit(folder, engine):
     process = start(
         folder, "train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", f"{engine}-killed", *options
     )
-    kill_after_step(folder, process, f"{engine}-killed", step=6)
+    signal_after_step(folder, process, f"{engine}-killed", 6, signal.SIGKILL)
     assert "resumed" in train(folder, f"{engine}-killed", *options)
     whole, resumed = (metrics(folder, f"{engine}-{kind}") for kind in ("whole", "killed"))
     assert [row["step"] for row in resumed] == list(range(11))
@@ -176,13 +193,70 @@ def test_signal_saves_and_exits_0(folder, number):
     name = f"signal-{number.name}"
     arguments = ("train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", name)
     process = start(folder, *arguments, "--rollout.engine", "megatron", "--run.steps", "2000")
-    path = folder / "runs" / name / "metrics.jsonl"
-    while not (path.exists() and '"step": 2,' in path.read_text()):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output = signal_after_step(folder, process, name, 2, number)
     assert process.returncode == 0, output[-4000:]
     last = metrics(folder, name)[-1]["step"]
     assert (folder / "runs" / name / "checkpoints" / f"step_{last}" / "manifest.json").is_file()
     assert f"stopped by a signal after step {last} of 2000" in output
+
+
+def test_stopped_sft_exports_nothing_and_exits_1(folder):
+    process = start(folder, "sft", "base.toml", "--run.name", "sft-stopped", "--sft.steps", "2000")
+    output = signal_after_step(folder, process, "sft-stopped", 20, signal.SIGTERM)
+    assert process.returncode == 1
+    assert "of 2000; no model was exported" in error_line(output)
+    assert not (folder / "runs" / "sft-stopped" / "hf").exists()
+
+
+def test_a_run_goes_on_only_under_its_own_configuration(folder):
+    options = ("--rollout.engine", "megatron")
+    train(folder, "own", *options, "--run.steps", "2")
+    record = (folder / "runs" / "own" / "config.json").read_text()
+    output = train(folder, "own", *options, "--run.steps", "2", "--optimizer.lr", "2e-3", exit_code=2)
+    assert "runs/own has checkpoints made with other options: optimizer.lr 0.001 -> 0.002;" in error_line(output)
+    assert "all 2 steps are done; nothing to train" in train(folder, "own", *options, "--run.steps", "2")
+    assert (folder / "runs" / "own" / "config.json").read_text() == record
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MiB."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_full_disk_ends_in_one_line_and_leaves_the_earlier_checkpoint(folder, small_disk):
+    options = ("--rollout.engine", "megatron", "--run.dir", small_disk)
+    train(folder, "full", *options, "--run.steps", "5")
+    with (small_disk / "filler").open("wb") as filler:
+        # Metrics and samples still fit, a checkpoint does not.
+        filler.write(bytes(shutil.disk_usage(small_disk).free - 2**20))
+    line = error_line(train(folder, "full", *options, exit_code=1))
+    checkpoints = small_disk / "full" / "checkpoints"
+    assert line.startswith(f"error: checkpoint step_10 could not be written to {checkpoints}: No space left on device")
+    assert re.search(
+        r"it needs about [\d.]+ MiB, [01]\.\d MiB are free; free space or set run.dir to another disk", line
+    )
+    assert [path.name for path in checkpoints.glob("step_*")] == ["step_5"]
+    assert corrupted_files(checkpoints / "step_5", read_manifest(checkpoints / "step_5"), 0, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan.toml",), "plan.toml: no such configuration file; did you mean plain.toml?"),
+        (("plain.toml", "--rollout.grp_size", "2"), "did you mean rollout.group_size?"),
+        (("plain.toml", "--actor.tp", "3"), "actor.tp = 3 does not divide the model's 4 attention heads; use 2"),
+        (("plain.toml", "--algorithm.estimator", "grpo", "--rollout.group_size", "1"), "set it to 2 or more"),
+        (("plain.toml", "--data.train", "bad.jsonl"), "bad.jsonl:2 is no JSON"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(folder, arguments, message):
+    (folder / "bad.jsonl").write_text('{"problem": "1 + 1", "expected_answer": "2"}\n{"problem":\n')
+    options = ("--model.path", "runs/base/hf", "--rollout.engine", "megatron")
+    output = run(folder, "train", *arguments, *options, exit_code=2)
+    assert message in error_line(output)
+    assert output.count("\n") == 1
