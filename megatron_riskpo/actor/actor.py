@@ -16,7 +16,6 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_riskpo.actor.model import PolicyModel, build_policy_model
-from megatron_riskpo.actor.model_config import read_hf_config
 from megatron_riskpo.actor.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megatron_riskpo.actor.packing import MicroBatch, plan_micro_batches
 from megatron_riskpo.actor.passes import MicroBatchLoss, gather_logprobs, run_passes, sum_metrics
@@ -25,6 +24,7 @@ from megatron_riskpo.algorithms.policy_loss import loss_normalizer, policy_loss
 from megatron_riskpo.checkpoint.hf import load_hf_weights, save_hf
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
+from megatron_riskpo.config_io import load_model_config
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.export import export_weights, plan_export
@@ -78,7 +78,7 @@ class Actor:
     def from_hf(cls, model_dir: str | Path, config: ActorConfig, optimizer: OptimizerConfig, dtype: torch.dtype,
                 grid: RankGrid) -> "Actor":  # fmt: skip
         """The actor of a Hugging Face model folder."""
-        return cls(read_hf_config(model_dir), config, optimizer, dtype, grid, model_dir)
+        return cls(load_model_config(model_dir), config, optimizer, dtype, grid, model_dir)
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:

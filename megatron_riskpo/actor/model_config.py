@@ -1,7 +1,5 @@
 """From a Hugging Face config.json to Megatron's TransformerConfig."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,19 +9,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.errors import UsageError
-
-
-def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face model folder; UsageError when it is not there or no JSON."""
-    path = Path(model_dir) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(
-            f"model.path: {path} does not exist; give a Hugging Face model folder, or make one with `riskpo sft`"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"model.path: {path} is not valid JSON (line {error.lineno}: {error.msg})") from None
 
 
 def rope_base(hf_config: dict[str, Any]) -> float:

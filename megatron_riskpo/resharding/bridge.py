@@ -7,13 +7,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_riskpo.actor.actor import Actor
-from megatron_riskpo.config import BridgeConfig
+from megatron_riskpo.config import PROBE_LENGTH, BridgeConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine
 
 PROBE_SEQUENCES = 8
 """At least; as many as divide over the data-parallel ranks."""
-PROBE_LENGTH = 32
 
 
 class Bridge:
