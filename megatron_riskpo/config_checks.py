@@ -321,10 +321,8 @@ def pass_at_k(setup: Setup) -> str | None:
     return None
 
 
-TRAIN_RULES: tuple[Rule, ...] = (
-    bounds,
-    run_name,
-    templates,
+# The model and its layout over the ranks: the same for training and warm start.
+MODEL_RULES: tuple[Rule, ...] = (
     model_folder,
     model_type,
     model_sizes,
@@ -332,6 +330,13 @@ TRAIN_RULES: tuple[Rule, ...] = (
     pipeline_parallel,
     world_split,
     sequence_parallel,
+)
+
+TRAIN_RULES: tuple[Rule, ...] = (
+    bounds,
+    run_name,
+    templates,
+    *MODEL_RULES,
     engine_split,
     lengths,
     pass_at_k,
@@ -345,13 +350,7 @@ SFT_RULES: tuple[Rule, ...] = (
     run_name,
     templates,
     shape_heads,
-    model_folder,
-    model_type,
-    model_sizes,
-    tensor_parallel,
-    pipeline_parallel,
-    world_split,
-    sequence_parallel,
+    *MODEL_RULES,
     sft_batch,
 )
 
