@@ -1,50 +1,101 @@
-"""Bundles: which responses are scored together (arXiv 2510.00911, section on bundling)."""
+"""Which questions form a group, and how the responses of a group meet in bundles (arXiv 2510.00911)."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Generator, Tensor
 
 from megatron_riskpo.algorithms.config import AlgorithmConfig
 
 
 @dataclass(frozen=True)
+class QuestionGroups:
+    """Groups of questions; a bundle holds one response to each question of its group."""
+
+    members: Int64[Tensor, "num_groups bundle_size"]
+    """Questions of each group; -1 fills up a smaller group."""
+    owned: Bool[Tensor, "num_groups bundle_size"]
+    """The question's advantages come from this place: every question has one such place at most."""
+
+    @property
+    def sizes(self) -> Int64[Tensor, " num_groups"]:
+        """Questions of each group."""
+        return (self.members >= 0).sum(dim=1)
+
+
+def make_groups(
+    num_prompts: int, config: AlgorithmConfig, pass_rates: Float64[Tensor, " num_prompts"] | None,
+    generator: Generator | None,
+) -> QuestionGroups:  # fmt: skip
+    """Groups of config.bundle_size questions, at random or of neighbouring pass rates (ties and questions without a
+    pass rate at random, the latter in the middle). config.remainder says what becomes of a rest."""
+    size = config.bundle_size
+    order = torch.randperm(num_prompts, generator=generator)
+    if config.bundling == "sorted" and pass_rates is not None:
+        middle = pass_rates.nanmedian().nan_to_num(0.0)
+        order = order[torch.where(pass_rates.isnan(), middle, pass_rates)[order].argsort(stable=True)]
+    num_groups = num_prompts // size if config.remainder == "drop" else -(-num_prompts // size)
+    members = torch.full((num_groups, size), -1)
+    if config.remainder == "balance":
+        group = torch.arange(num_prompts) * num_groups // num_prompts
+        first = torch.searchsorted(group, torch.arange(num_groups))
+        members[group, torch.arange(num_prompts) - first[group]] = order
+        return QuestionGroups(members, members >= 0)
+    num_whole = num_prompts // size
+    members[:num_whole] = order[: num_whole * size].view(num_whole, size)
+    owned = torch.ones_like(members, dtype=torch.bool)
+    if num_groups > num_whole:
+        # The rest and its neighbours in the order, which keep the advantages of their own group.
+        members[-1] = order[-size:]
+        owned[-1, : num_groups * size - num_prompts] = False
+    return QuestionGroups(members, owned)
+
+
+@dataclass(frozen=True)
 class Bundles:
-    """A partition of the responses of a step; every response is in exactly one bundle."""
+    """One response of each question of a group in each bundle, every response in one bundle of its own group."""
 
     membership: Int64[Tensor, "num_prompts group_size"]
-    """Bundle of each response, 0 <= id < num_bundles."""
-    scores: Float64[Tensor, " num_bundles"]
+    """Place of each response's bundle in the flat scores; -1 for questions that were dropped."""
+    scores: Float64[Tensor, "num_groups num_bundles"]
     """bundle_size times the mean reward of the bundle's responses: the sum of rewards when the bundle is full."""
-    siblings: int
-    """Responses of one question that share a bundle."""
 
 
-def make_bundles(
-    rewards: Float64[Tensor, "num_prompts group_size"], config: AlgorithmConfig, generator: Generator | None
+def pair_at_random(
+    rewards: Float64[Tensor, "num_prompts group_size"], groups: QuestionGroups, generator: Generator | None
 ) -> Bundles:
-    """Cut the responses into bundles and score them.
+    """group_size bundles a group, by an independent random permutation of the responses to each question."""
+    num_groups, size = groups.members.shape
+    group_size = rewards.size(1)
+    slots = _random_order((num_groups, size, group_size), generator)
+    present = groups.members >= 0
+    rows = rewards[groups.members.clamp(min=0)] * present[:, :, None]
+    # One addition after the other, so that the sums are bit-equal on all ranks.
+    sums = reduce(torch.add, rows.gather(2, slots).unbind(1))
+    scores = sums * (size / present.sum(dim=1, keepdim=True).double())
+    membership = torch.full_like(rewards, -1, dtype=torch.long)
+    bundle_ids = torch.arange(num_groups * group_size).view(num_groups, 1, group_size).expand_as(slots)
+    membership[groups.members[groups.owned][:, None], slots[groups.owned]] = bundle_ids[groups.owned]
+    return Bundles(membership, scores)
 
-    random: B random questions meet, one response each, by an independent permutation of every question's group. Where
-    B does not divide the number of questions, all groups of questions are made as equal as can be (B or a few less;
-    a short rest of one question would score all or nothing and distort both tails).
-    self: a random permutation of a question's own responses is cut into bundles of B.
-    """
+
+def cut_own_responses(
+    rewards: Float64[Tensor, "num_prompts group_size"], bundle_size: int, generator: Generator | None
+) -> Bundles:
+    """Bundles of bundle_size responses to the same question: each group of responses is shuffled and cut."""
     num_prompts, group_size = rewards.shape
-    # A random slot 0..G-1 for each response: independent permutations, one a row.
-    slots = torch.rand(num_prompts, group_size, dtype=torch.float64, generator=generator).argsort(dim=1, stable=True)
-    if config.bundling == "self":
-        per_question = group_size // config.bundle_size
-        membership = torch.arange(num_prompts)[:, None] * per_question + slots // config.bundle_size
-        return Bundles(membership, _scores(rewards, membership, config.bundle_size), config.bundle_size)
-    num_groups = -(-num_prompts // config.bundle_size)
-    order = torch.randperm(num_prompts, generator=generator)
-    membership = (order * num_groups // num_prompts)[:, None] * group_size + slots
-    return Bundles(membership, _scores(rewards, membership, config.bundle_size), 1)
+    num_bundles = group_size // bundle_size
+    order = _random_order((num_prompts, group_size), generator)
+    pieces = rewards.gather(1, order).view(num_prompts, num_bundles, bundle_size)
+    scores = reduce(torch.add, pieces.unbind(2))
+    bundle_ids = torch.arange(num_prompts * num_bundles).view(num_prompts, num_bundles, 1)
+    membership = torch.empty_like(order)
+    membership.scatter_(1, order, bundle_ids.expand(-1, -1, bundle_size).reshape(num_prompts, group_size))
+    return Bundles(membership, scores)
 
 
-def _scores(rewards: Tensor, membership: Tensor, bundle_size: int) -> Tensor:
-    # bincount adds in order on the CPU, so that the sums are bit-equal on all ranks.
-    sums = torch.bincount(membership.flatten(), weights=rewards.flatten())
-    return sums * (bundle_size / torch.bincount(membership.flatten()).double())
+def _random_order(shape: tuple[int, ...], generator: Generator | None) -> Int64[Tensor, "*shape"]:
+    """Independent random permutations along the last dimension."""
+    return torch.rand(shape, dtype=torch.float64, generator=generator).argsort(dim=-1, stable=True)

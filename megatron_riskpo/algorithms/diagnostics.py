@@ -1,19 +1,20 @@
 """Metrics of a step's rewards and advantages. All of them are plain floats of the whole batch."""
 
+import math
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from megatron_riskpo.algorithms.config import AlgorithmConfig
+from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.algorithms.spectra import cvar, mvar, rvar
 
 NUM_PASS_RATE_BINS = 5
 
 
-def risk_metrics(
-    scores: Float64[Tensor, " num_scores"], quantiles: tuple[float, float], config: AlgorithmConfig
-) -> dict[str, float]:
-    """The quantiles in use, and the risk measures of the batch's scores at the configured levels."""
+def risk_metrics(scores: Distribution, quantiles: tuple[float, float], config: AlgorithmConfig) -> dict[str, float]:
+    """The quantiles in use, and the risk measures of the scores (one row) at the configured levels."""
     return {
         "risk/q_alpha": quantiles[0],
         "risk/q_beta": quantiles[1],
@@ -24,12 +25,14 @@ def risk_metrics(
 
 
 def reward_metrics(rewards: Float64[Tensor, "num_prompts group_size"]) -> dict[str, float]:
-    """Mean reward, and the shares of questions that all or none of their responses solve (solved: reward > 0)."""
+    """Mean reward; shares of questions that all or none of their responses solve (solved: reward > 0), and of those
+    whose rewards are all equal."""
     solved = rewards > 0
     return {
         "reward/mean": float(rewards.mean()),
         "reward/solve_all": float(solved.all(dim=1).double().mean()),
         "reward/solve_none": float((~solved).all(dim=1).double().mean()),
+        "reward/zero_variance": float((rewards == rewards[:, :1]).all(dim=1).double().mean()),
     }
 
 
@@ -63,12 +66,29 @@ def effective_weights(
     return metrics
 
 
-def cov_logprob_advantage(mean_logprobs: Float[Tensor, " num"], advantages: Float[Tensor, " num"]) -> dict[str, float]:
-    """`risk/cov_logprob_advantage`: covariance over the responses of the mean token log-prob with the advantage.
+def cov_logprob_advantage(
+    mean_logprobs: Float[Tensor, "num_prompts group_size"],
+    advantages: Float[Tensor, "num_prompts group_size"],
+    rewards: Float[Tensor, "num_prompts group_size"],
+) -> dict[str, float]:
+    """Covariance, over the responses to the same question, of the mean token log-prob with the advantage
+    (`risk/cov_logprob_advantage`), and with the reward, which is the mean objective's advantage
+    (`risk/cov_logprob_reward`). Their sizes compare as correlations: `risk/corr_logprob_...`.
 
     A policy-gradient step changes the entropy by minus the learning rate times about this (arXiv 2505.22617), so its
-    sign says whether the entropy falls.
+    sign says whether the entropy falls. With one response a question it is taken over all responses.
     """
-    logprobs, advantages = mean_logprobs.to("cpu", torch.float64), advantages.to("cpu", torch.float64)
-    covariance = ((logprobs - logprobs.mean()) * (advantages - advantages.mean())).mean()
-    return {"risk/cov_logprob_advantage": float(covariance)}
+    logprobs = _centred(mean_logprobs)
+    metrics = {}
+    for name, values in (("advantage", _centred(advantages)), ("reward", _centred(rewards))):
+        spread = math.sqrt(float(logprobs.square().mean()) * float(values.square().mean()))
+        covariance = float((logprobs * values).mean())
+        metrics[f"risk/cov_logprob_{name}"] = covariance
+        metrics[f"risk/corr_logprob_{name}"] = covariance / spread if spread else 0.0
+    return metrics
+
+
+def _centred(values: Tensor) -> Tensor:
+    values = values.to("cpu", torch.float64)
+    values = values if values.size(1) > 1 else values.T
+    return values - values.mean(dim=1, keepdim=True)

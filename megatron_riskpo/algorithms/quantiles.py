@@ -1,62 +1,54 @@
-"""Quantiles of the pooled scores: of one batch, or tracked over steps by stochastic approximation."""
+"""Quantiles of the scores that follow a moving distribution over steps, by stochastic approximation."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from jaxtyping import Float64
-from torch import Tensor
-
+from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.errors import UsageError
-
-# u * n of a whole number may come out a rounding error above it (0.1 * 30 = 3.0000000000000004).
-_ROUNDING = 1e-12
-
-
-def empirical_quantile(sample: Float64[Tensor, " num_scores"], level: float) -> float:
-    """inf{x : F(x) >= level} of the empirical distribution, 0 < level <= 1: always one of the scores."""
-    rank = math.ceil(level * sample.numel() * (1 - _ROUNDING))
-    return float(sample.kthvalue(max(rank, 1)).values)
 
 
 @dataclass(frozen=True)
 class QuantileTracker:
     """Quantiles that follow a moving distribution of scores, on a slower time scale than the policy.
 
-    q <- q + gamma_k (u - mean 1{S < q}) for each level u, gamma_k = step * (range of the scores seen) / k**decay
+    q <- q + gamma_k (u - P(S < q)) for each level u, gamma_k = step * (range of the scores seen) / k**decay
     (arXiv 2510.00911). Immutable: `update` gives the next tracker. Start one with `QuantileTracker.start`.
     """
 
     levels: tuple[float, ...]
-    """The levels u, ascending."""
+    """The levels u, ascending, each below 1."""
     values: tuple[float, ...]
     """The tracked quantiles q, one a level, ascending, in the unit of the scores."""
     score_min: float
     """Smallest score seen."""
     score_max: float
-    """Largest score seen."""
+    """Largest score seen: the quantile of level 1."""
     num_updates: int = 0
     """k: updates made since the start."""
 
     @classmethod
-    def start(cls, scores: Float64[Tensor, " num_scores"], levels: Sequence[float]) -> "QuantileTracker":
-        """At the empirical quantiles of a first batch."""
-        values = tuple(empirical_quantile(scores, level) for level in levels)
-        return cls(tuple(levels), values, float(scores.min()), float(scores.max()))
+    def start(cls, scores: Distribution, levels: Sequence[float]) -> "QuantileTracker":
+        """At the quantiles of a first batch; `scores` has one row."""
+        return cls(tuple(levels), tuple(scores.quantile(level) for level in levels), *scores.support())
 
-    def update(self, scores: Float64[Tensor, " num_scores"], step: float, decay: float) -> "QuantileTracker":
-        """Move once by a batch of scores."""
+    def update(self, scores: Distribution, step: float, decay: float) -> "QuantileTracker":
+        """Move once by a batch of scores (one row)."""
         num_updates = self.num_updates + 1
-        low, high = min(self.score_min, float(scores.min())), max(self.score_max, float(scores.max()))
+        low, high = scores.support()
+        low, high = min(self.score_min, low), max(self.score_max, high)
         gamma = step * (high - low) / num_updates**decay
-        moved = []
-        for level, value in zip(self.levels, self.values, strict=True):
-            below = int((scores < value).sum()) / scores.numel()
-            moved.append(min(max(value + gamma * (level - below), low), high))
+        moved = [
+            min(max(value + gamma * (level - scores.share_below(value)), low), high)
+            for level, value in zip(self.levels, self.values, strict=True)
+        ]
         # Separate recursions can cross. Sorting them back never adds error (Chernozhukov et al. 2010, "Quantile and
         # probability curves without crossing").
         return QuantileTracker(self.levels, tuple(sorted(moved)), low, high, num_updates)
+
+    def quantile(self, level: float) -> float:
+        """The tracked quantile of one of the levels, or of level 1."""
+        return self.score_max if level == 1 else self.values[self.levels.index(level)]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers: survives JSON bit for bit."""

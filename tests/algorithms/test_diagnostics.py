@@ -51,16 +51,33 @@ def test_random_bundles_weigh_all_questions_alike():
 
 def test_solved_shares():
     rewards = torch.tensor([[1, 1], [1, 0], [0, 0], [0.5, 0.2]], dtype=torch.float64)
-    expected = {"reward/mean": 3.7 / 8, "reward/solve_all": 0.5, "reward/solve_none": 0.25}
+    expected = {
+        "reward/mean": 3.7 / 8, "reward/solve_all": 0.5, "reward/solve_none": 0.25, "reward/zero_variance": 0.5
+    }  # fmt: skip
     assert reward_metrics(rewards) == pytest.approx(expected)
 
 
-def test_covariance():
-    logprobs, advantages = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
-    expected = np.cov(logprobs.numpy(), advantages.numpy(), bias=True)[0, 1]
-    assert cov_logprob_advantage(logprobs, advantages)["risk/cov_logprob_advantage"] == pytest.approx(
-        expected, rel=1e-5
-    )
+def test_covariances_are_those_within_each_question():
+    generator = torch.Generator().manual_seed(0)
+    logprobs, advantages = torch.randn(2, 6, 5, generator=generator)
+    rewards = torch.rand(6, 5, generator=generator).round()
+    metrics = cov_logprob_advantage(logprobs, advantages, rewards)
+    for name, values in (("advantage", advantages), ("reward", rewards)):
+        pairs = zip(logprobs.numpy(), values.numpy(), strict=True)
+        expected = np.mean([np.cov(lp, v, bias=True)[0, 1] for lp, v in pairs])
+        assert metrics[f"risk/cov_logprob_{name}"] == pytest.approx(expected, rel=1e-5)
+        within = [(x - x.mean(1, keepdim=True)).flatten().numpy() for x in (logprobs, values)]
+        assert metrics[f"risk/corr_logprob_{name}"] == pytest.approx(np.corrcoef(*within)[0, 1], rel=1e-5)
+    moved = cov_logprob_advantage(logprobs, advantages + torch.arange(6)[:, None], rewards)
+    assert moved == pytest.approx(metrics, rel=1e-5)
+
+
+def test_covariance_of_single_responses_is_taken_over_all_of_them():
+    logprobs, advantages = torch.randn(2, 30, 1, generator=torch.Generator().manual_seed(0))
+    expected = np.cov(logprobs[:, 0].numpy(), advantages[:, 0].numpy(), bias=True)[0, 1]
+    metrics = cov_logprob_advantage(logprobs, advantages, torch.ones(30, 1))
+    assert metrics["risk/cov_logprob_advantage"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["risk/corr_logprob_reward"] == 0.0
 
 
 def test_zero_advantage_share():

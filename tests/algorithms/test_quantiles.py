@@ -1,7 +1,6 @@
-"""Quantiles against their definition, and the tracker's recursion against its fixed point and its own saved state."""
+"""The tracker's recursion against its fixed point and its own saved state."""
 
 import json
-from fractions import Fraction
 
 import pytest
 import torch
@@ -9,42 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_riskpo.algorithms import QuantileTracker
-from megatron_riskpo.algorithms.quantiles import empirical_quantile
+from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.errors import UsageError
 
 
-def float64(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 40))
-def test_is_the_smallest_score_whose_share_at_or_below_reaches_the_level(scores, twentieths):
-    level = Fraction(twentieths, 40)
-    shares = {x: Fraction(sum(score <= x for score in scores), len(scores)) for x in scores}
-    expected = min(x for x, share in shares.items() if share >= level)
-    assert empirical_quantile(float64(scores), twentieths / 40) == expected
-
-
-@given(st.integers(1, 2000), st.data())
-def test_levels_that_hit_a_rank_exactly_are_not_rounded_up(num_scores, data):
-    rank = data.draw(st.integers(1, num_scores))
-    sample = torch.arange(1, num_scores + 1, dtype=torch.float64)
-    assert empirical_quantile(sample, rank / num_scores) == rank
-
-
-def test_the_rounding_error_of_a_tenth_of_thirty():
-    assert empirical_quantile(torch.arange(1, 31, dtype=torch.float64), 0.1) == 3
-    assert empirical_quantile(torch.arange(1, 11, dtype=torch.float64), 0.1 + 0.2) == 3
+def sample(values):
+    return Distribution.of_sample(torch.as_tensor(values, dtype=torch.float64).flatten())
 
 
 def test_starts_at_the_quantiles_of_the_first_batch():
-    scores = float64([4.0, 1.0, 2.0, 3.0, 0.0])
-    assert QuantileTracker.start(scores, (0.2, 0.8)).values == (0.0, 3.0)
+    tracker = QuantileTracker.start(sample([4.0, 1.0, 2.0, 3.0, 0.0]), (0.2, 0.8))
+    assert tracker.values == (0.0, 3.0)
+    assert [tracker.quantile(level) for level in (0.2, 0.8, 1.0)] == [0.0, 3.0, 4.0]
 
 
 def test_one_update_by_hand():
     tracker = QuantileTracker((0.5, 0.75), (1.0, 3.0), score_min=0.0, score_max=4.0, num_updates=3)
-    moved = tracker.update(float64([0.0, 1.0, 2.0, 10.0]), step=0.1, decay=0.5)
+    moved = tracker.update(sample([0.0, 1.0, 2.0, 10.0]), step=0.1, decay=0.5)
     gamma = 0.1 * 10.0 / 2  # range of all scores seen, fourth update
     assert moved.values == pytest.approx((1.0 + gamma * (0.5 - 0.25), 3.0 + gamma * (0.75 - 0.75)))
     assert (moved.score_min, moved.score_max, moved.num_updates) == (0.0, 10.0, 4)
@@ -56,7 +36,8 @@ def test_converges_to_the_quantiles_of_a_distribution_it_did_not_start_at(binary
     tracker = QuantileTracker((0.2, 0.8), (0.0, 0.0), 0.0, 5.0)
     for _ in range(3000):
         uniform = torch.rand(20, 5, dtype=torch.float64, generator=generator)
-        tracker = tracker.update((uniform < 0.5).double().sum(1) if binary else uniform.sum(1), step=0.3, decay=0.6)
+        scores = (uniform < 0.5).double().sum(1) if binary else uniform.sum(1)
+        tracker = tracker.update(sample(scores), step=0.3, decay=0.6)
     # Binomial(5, 1/2): F = .031 .19 .5 .81; sum of 5 uniforms: normal within .01, sd sqrt(5/12)
     expected = (2.0, 3.0) if binary else (2.5 - 0.8416 * 0.6455, 2.5 + 0.8416 * 0.6455)
     assert tracker.values == pytest.approx(expected, abs=0.06)
@@ -64,18 +45,18 @@ def test_converges_to_the_quantiles_of_a_distribution_it_did_not_start_at(binary
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=2, max_size=12), st.floats(0.01, 3))
 def test_stays_ordered_and_within_the_scores_seen(batches, step):
-    tracker = QuantileTracker.start(float64(batches[0]), (0.4, 0.5))
+    tracker = QuantileTracker.start(sample(batches[0]), (0.4, 0.5))
     for batch in batches[1:]:
-        tracker = tracker.update(float64(batch), step, 0.0)
+        tracker = tracker.update(sample(batch), step, 0.0)
         assert tracker.score_min <= tracker.values[0] <= tracker.values[1] <= tracker.score_max
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
 def test_saved_as_json_and_restored_it_goes_on_bit_for_bit(scores):
-    tracker = QuantileTracker.start(float64(scores), (0.2, 0.8)).update(float64(scores[1:]), 0.1, 0.5)
+    tracker = QuantileTracker.start(sample(scores), (0.2, 0.8)).update(sample(scores[1:]), 0.1, 0.5)
     restored = QuantileTracker.from_state_dict(json.loads(json.dumps(tracker.state_dict())))
     assert restored == tracker
-    assert restored.update(float64(scores), 0.1, 0.5) == tracker.update(float64(scores), 0.1, 0.5)
+    assert restored.update(sample(scores), 0.1, 0.5) == tracker.update(sample(scores), 0.1, 0.5)
 
 
 def test_a_state_of_something_else_is_refused():
