@@ -6,9 +6,8 @@ from typing import Literal
 from jaxtyping import Float64
 from torch import Tensor
 
-# No scaled advantage is larger than the inverse of this: with tracked quantiles all bundles can have the same
-# advantage other than 0, whose standard deviation is 0.
-_LEAST_SPREAD = 0.1
+from megatron_riskpo.algorithms.config import AlgorithmConfig
+
 # Equal scores summed from unequal rewards differ by a few times 1e-16 of their size: that is no advantage to scale up.
 _ROUNDING = 1e-12
 
@@ -21,7 +20,8 @@ def subtract_baseline(
     """Take the baseline off; it depends on no response of the bundle it is taken off (up to 1/N for `mean`).
 
     natural: nothing, the weights stay <= 0. leave_one_out: mean weight of the question's responses in OTHER bundles;
-    `siblings` of its group_size responses share a bundle. mean: mean weight of the batch.
+    `siblings` of its group_size responses share a bundle (averaged over all subsets of them, too: the mean over the
+    subsets without a response is (sum - siblings * own) / (group_size - siblings)). mean: mean weight of the batch.
     """
     if baseline == "leave_one_out":
         others = weights.sum(dim=1, keepdim=True) - siblings * weights
@@ -32,18 +32,25 @@ def subtract_baseline(
 
 
 def scale_advantages(
-    advantages: Float64[Tensor, "num_prompts group_size"], scale: Literal["none", "batch_std"], largest_score: float
+    advantages: Float64[Tensor, "num_prompts group_size"],
+    config: AlgorithmConfig,
+    largest_score: float,
+    score_stds: Float64[Tensor, " num_prompts"] | None,
 ) -> Float64[Tensor, "num_prompts group_size"]:
-    """Divide by the standard deviation over the batch, or by a tenth of the largest |A| where that is more.
+    """Divide as config.scale says; by config.scale_floor of the largest |A| at least, so that they stay finite.
 
-    Finite always, and indifferent to the unit of the rewards. `largest_score` is the largest |S|: advantages that are
-    rounding errors beside it stay as they are.
+    batch_std: by the standard deviation over the batch. bundle_std: by `score_stds`, those of the scores of each
+    question's group (None: batch_std). `largest_score` is the largest |S|: advantages that are rounding errors beside
+    it stay as they are.
     """
     largest = float(advantages.abs().max())
-    if scale == "none" or largest <= _ROUNDING * largest_score:
+    if config.scale == "none" or largest <= _ROUNDING * largest_score:
         return advantages
+    least = config.scale_floor * largest
+    if score_stds is not None:
+        return advantages / score_stds.clamp(min=least)[:, None]
     std = math.sqrt(_exact_mean((advantages - _exact_mean(advantages)).square()))
-    return advantages / max(std, _LEAST_SPREAD * largest)
+    return advantages / max(std, least)
 
 
 def _exact_mean(values: Tensor) -> float:

@@ -1,6 +1,7 @@
-"""Refuse impossible options and broken rewards in one line, before anything is computed."""
+"""Refuse impossible options and broken inputs in one line, before anything is computed."""
 
 import math
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -9,6 +10,21 @@ from megatron_riskpo.algorithms.advantages.registry import ESTIMATORS
 from megatron_riskpo.algorithms.config import AlgorithmConfig
 from megatron_riskpo.algorithms.option_checks import check_literals, check_name, check_range
 from megatron_riskpo.errors import UsageError
+
+_READ_BY_ALL = frozenset(("estimator", "alpha", "beta", "omega"))
+"""The metrics of every estimator report quantiles and risk at these levels."""
+
+_RANGES = (
+    ("omega", 0, math.inf),
+    ("bundle_size", 1, math.inf),
+    ("k", 1, math.inf),
+    ("scale_floor", 1e-6, math.inf),
+    ("tracker_step", 0, math.inf),
+    ("tracker_decay", 0, 1),
+    ("pass_rate_step", 1e-6, 1),
+    ("quantile_level", 0, 1),
+    ("reference_mix_weight", 0, math.inf),
+)
 
 
 def validate_algorithm(config: AlgorithmConfig, num_prompts: int, group_size: int) -> None:
@@ -20,11 +36,35 @@ def validate_algorithm(config: AlgorithmConfig, num_prompts: int, group_size: in
             f"algorithm.alpha = {config.alpha} and algorithm.beta = {config.beta} are not quantile levels: "
             "0 < alpha < beta <= 1 is needed"
         )
-    check_range("algorithm.omega", config.omega, 0, math.inf)
-    check_range("algorithm.bundle_size", config.bundle_size, 1, math.inf)
-    check_range("algorithm.tracker_step", config.tracker_step, 0, math.inf)
-    check_range("algorithm.tracker_decay", config.tracker_decay, 0, 1)
-    ESTIMATORS[config.estimator].check(config, num_prompts, group_size)
+    for option, low, high in _RANGES:
+        check_range(f"algorithm.{option}", getattr(config, option), low, high)
+    if not math.isfinite(config.risk_temperature) or config.risk_temperature == 0:
+        raise UsageError(f"algorithm.risk_temperature = {config.risk_temperature} must be a finite number other than 0")
+    _check_options_have_effect(config)
+    estimator = ESTIMATORS[config.estimator]
+    if group_size < estimator.least_group_size:
+        raise UsageError(
+            f"algorithm.estimator = {config.estimator} compares the responses of a question, but rollout.group_size = "
+            f"{group_size}: set it to {estimator.least_group_size} or more"
+        )
+    if estimator.check is not None:
+        estimator.check(config, num_prompts, group_size)
+
+
+def _check_options_have_effect(config: AlgorithmConfig) -> None:
+    """An option of another estimator would silently do nothing."""
+    read = ESTIMATORS[config.estimator].options | _READ_BY_ALL
+    default = AlgorithmConfig()
+    idle = [
+        f"algorithm.{item.name} = {getattr(config, item.name)}"
+        for item in fields(config)
+        if item.name not in read and getattr(config, item.name) != getattr(default, item.name)
+    ]
+    if idle:
+        raise UsageError(
+            f"{', '.join(idle)}: no effect on {config.estimator}; take {'it' if len(idle) == 1 else 'them'} out, or "
+            "choose another algorithm.estimator"
+        )
 
 
 def validated_rewards(rewards: Tensor) -> Tensor:
@@ -42,3 +82,33 @@ def validated_rewards(rewards: Tensor) -> Tensor:
             f"({float(rewards[prompt, response])}) of response {response} to question {prompt}: correct the reward"
         )
     return rewards
+
+
+def validated_lengths(lengths: Tensor | None, rewards: Tensor, config: AlgorithmConfig) -> Tensor | None:
+    """Response lengths [num_prompts, group_size] in tokens, on the CPU. Raises UsageError where they are needed."""
+    if lengths is None:
+        if ESTIMATORS[config.estimator].needs_lengths:
+            raise UsageError(f"algorithm.estimator = {config.estimator} needs the response lengths: give `lengths`")
+        return None
+    if lengths.shape != rewards.shape:
+        raise UsageError(
+            f"lengths are {list(lengths.shape)}, rewards {list(rewards.shape)}: give one length a response"
+        )
+    return lengths.to("cpu")
+
+
+def validated_pass_rates(pass_rates: Tensor | None, rewards: Tensor, config: AlgorithmConfig) -> Tensor | None:
+    """Running pass rates [num_prompts] as float64 on the CPU; NaN: none yet."""
+    if pass_rates is None:
+        if "bundling" in ESTIMATORS[config.estimator].options and config.bundling == "sorted":
+            raise UsageError(
+                "algorithm.bundling = sorted needs each question's pass rate so far: give `pass_rates`, NaN where "
+                "there is none yet"
+            )
+        return None
+    if pass_rates.shape != rewards.shape[:1] or pass_rates.isinf().any():
+        raise UsageError(
+            f"pass_rates are {list(pass_rates.shape)} for {rewards.size(0)} questions: give one finite number or NaN a "
+            "question"
+        )
+    return pass_rates.to("cpu", torch.float64)

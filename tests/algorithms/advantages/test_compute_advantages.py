@@ -8,21 +8,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_riskpo.algorithms import AlgorithmConfig, QuantileTracker, compute_advantages, validate_algorithm
+from megatron_riskpo.algorithms.advantages import ESTIMATORS
+from megatron_riskpo.algorithms.spectra import SPECTRA
 from megatron_riskpo.errors import UsageError
 
 SMALL = {"bundle_size": 2}
-CONFIGS = [
-    AlgorithmConfig(bundling=bundling, baseline=baseline, scale=scale, quantile_source=source, **SMALL)
-    for bundling in ("random", "self")
+BUNDLED = [
+    AlgorithmConfig(bundling=bundling, pairing=pairing, baseline=baseline, scale=scale, quantile_source=source, **SMALL)
+    for bundling in ("random", "sorted", "self")
+    for pairing in ("permutation", "complete")
     for baseline in ("natural", "leave_one_out", "mean")
-    for scale in ("none", "batch_std")
-    for source in ("global", "tracked")
-] + [AlgorithmConfig(estimator="grpo")]
+    for scale in ("none", "batch_std", "bundle_std")
+    for source in ("global", "tracked", "bundle")
+]
+OTHERS = [
+    AlgorithmConfig(estimator=name, k=2) if "k" in estimator.options else AlgorithmConfig(estimator=name)
+    for name, estimator in ESTIMATORS.items()
+    if "bundling" not in estimator.options
+]
+CONFIGS = BUNDLED + OTHERS
 
 
 def advantages_of(rewards, config, seed=0, tracker=None):
     generator = torch.Generator().manual_seed(seed)
-    return compute_advantages(rewards, config, generator=generator, tracker=tracker).advantages
+    pass_rates = torch.rand(len(rewards), generator=generator, dtype=torch.float64)
+    return compute_advantages(
+        rewards, config, generator=generator, tracker=tracker, pass_rates=pass_rates,
+        lengths=torch.arange(rewards.numel()).view_as(rewards) % 7 + 1,
+    ).advantages  # fmt: skip
 
 
 @st.composite
@@ -33,23 +46,31 @@ def reward_matrices(draw):
     return torch.tensor(draw(st.lists(row, min_size=num_prompts, max_size=num_prompts)), dtype=torch.float64)
 
 
-@given(reward_matrices(), st.sampled_from(["random", "self"]), st.integers(0, 99))
-def test_natural_advantages_are_never_positive_and_touch_zero(rewards, bundling, seed):
-    advantages = advantages_of(rewards, AlgorithmConfig(bundling=bundling, **SMALL), seed)
-    assert float(advantages.max()) == 0
+@given(
+    reward_matrices(), st.sampled_from(["random", "sorted", "self"]), st.sampled_from(["permutation", "complete"]),
+    st.sampled_from(["balance", "drop", "reuse"]), st.sampled_from(sorted(SPECTRA)), st.integers(0, 99),
+)  # fmt: skip
+def test_natural_advantages_are_never_positive_and_touch_zero(rewards, bundling, pairing, remainder, spectrum, seed):
+    """B does not divide the number of questions in half of the cases. Averages over bundles need not touch 0."""
+    config = AlgorithmConfig(bundling=bundling, pairing=pairing, remainder=remainder, spectrum=spectrum, **SMALL)
+    advantages = advantages_of(rewards, config, seed)
+    assert float(advantages.max()) <= 1e-12
+    if pairing == "permutation" and remainder != "reuse":
+        assert float(advantages.max()) >= -1e-12
+    assert (advantages[rewards == rewards.max()].mean() >= advantages.mean() - 1e-12) or bundling != "self"
 
 
-@given(reward_matrices(), st.floats(0.01, 0.79), st.sampled_from(CONFIGS[:-1]))
+@given(reward_matrices(), st.floats(0.01, 0.79), st.sampled_from(BUNDLED))
 def test_without_omega_alpha_does_not_matter(rewards, alpha, config):
     config = dataclasses.replace(config, omega=0.0)
     moved = dataclasses.replace(config, alpha=alpha)
-    assert torch.equal(advantages_of(rewards, config), advantages_of(rewards, moved))
+    torch.testing.assert_close(advantages_of(rewards, config), advantages_of(rewards, moved), rtol=0, atol=1e-12)
 
 
-@given(reward_matrices(), st.floats(0.1, 10), st.floats(-5, 5), st.sampled_from(CONFIGS[:-1]))
+@given(reward_matrices(), st.floats(0.1, 10), st.floats(-5, 5), st.sampled_from(BUNDLED))
 def test_an_affine_change_of_the_rewards_scales_the_advantages(rewards, factor, shift, config):
     expected = advantages_of(rewards, config) * (factor if config.scale == "none" else 1)
-    torch.testing.assert_close(advantages_of(factor * rewards + shift, config), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(advantages_of(factor * rewards + shift, config), expected, rtol=1e-6, atol=1e-8)
 
 
 @given(st.sampled_from(CONFIGS), st.floats(-3, 3), st.booleans())
@@ -88,7 +109,12 @@ def test_rounding_errors_are_not_scaled_up_to_advantages():
     ("options", "said"),
     [
         ({"estimator": "gprp"}, "did you mean grpo"),
-        ({"estimator": "?"}, "choose from grpo, riskpo"),
+        ({"estimator": "?"}, "choose from cvar_bundle"),
+        ({"spectrum": "mvra"}, "did you mean mvar"),
+        ({"spectrum": "max_at_k", "quantile_source": "tracked"}, "use global"),
+        ({"k": 0}, "1 or more"),
+        ({"scale_floor": 0.0}, "or more"),
+        ({"risk_temperature": 0.0, "estimator": "rs_grpo"}, "other than 0"),
         ({"bundling": "slef"}, "did you mean self"),
         ({"alpha": 0.8, "beta": 0.2}, "0 < alpha < beta <= 1"),
         ({"alpha": 0.0}, "0 < alpha < beta <= 1"),
@@ -100,7 +126,9 @@ def test_rounding_errors_are_not_scaled_up_to_advantages():
         ({"tracker_decay": 1.5}, "between 0 and 1"),
         ({"bundling": "self", "bundle_size": 3}, "divisor of rollout.group_size"),
         ({"bundling": "self", "bundle_size": 4, "baseline": "leave_one_out"}, "group_size above 4"),
+        ({"bundling": "self", "bundle_size": 5, "pairing": "complete"}, "lower algorithm.bundle_size"),
         ({"estimator": "grpo", "scale": "batch_std"}, "no effect on grpo"),
+        ({"estimator": "grpo", "bundling": "self", "k": 3}, "k = 3, algorithm.bundling = self: no effect"),
     ],
 )
 def test_impossible_options_are_refused_in_one_line(options, said):
@@ -132,3 +160,17 @@ def test_broken_rewards_are_refused(rewards, said):
 def test_lengths_of_another_shape_are_refused():
     with pytest.raises(UsageError, match="one length a response"):
         compute_advantages(torch.zeros(5, 4), AlgorithmConfig(), lengths=torch.zeros(4, 5, dtype=torch.long))
+
+
+def test_sorted_bundles_need_pass_rates_of_the_right_shape():
+    config = AlgorithmConfig(bundling="sorted")
+    with pytest.raises(UsageError, match="give `pass_rates`"):
+        compute_advantages(torch.zeros(5, 4), config)
+    for broken in (torch.zeros(4), torch.tensor([0.0, 1.0, float("inf"), 0.0, 0.0])):
+        with pytest.raises(UsageError, match="one finite number or NaN"):
+            compute_advantages(torch.zeros(5, 4), config, pass_rates=broken)
+
+
+def test_lengths_are_asked_for_where_they_are_needed():
+    with pytest.raises(UsageError, match="give `lengths`"):
+        compute_advantages(torch.zeros(5, 4), AlgorithmConfig(estimator="opo"))
