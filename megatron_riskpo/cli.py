@@ -18,6 +18,9 @@ from megatron_riskpo.errors import RiskpoError, UsageError
 if TYPE_CHECKING:
     from megatron_riskpo.config import SftConfig, TrainConfig
 
+_ESTIMATOR = "--algorithm.estimator"
+_REGISTRY_OPTIONS = (_ESTIMATOR, "--loss.kind")
+
 _OVERRIDES_HELP = (
     "change options of the file: --section.key value, for example --actor.tp 2 --data.options.max_terms 3; "
     "--help after the file lists all options with their meaning"
@@ -34,8 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # By hand: argparse would leave the flag to the overrides when it stands behind the file.
     debug = "--debug" in arguments
+    plain = [argument for argument in arguments if argument != "--debug"]
     try:
-        args = _parser().parse_args([argument for argument in arguments if argument != "--debug"])
+        registry = _registry_asked_for(plain)
+        if registry:
+            return _print_registry(registry)
+        args = _parser().parse_args(plain)
         return _COMMANDS[args.command](args, arguments)
     except KeyboardInterrupt:
         return 130
@@ -107,8 +114,6 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
     """`train` and `sft`: as a rank, do it; bare, check the configuration and start the ranks."""
     die_with_launcher()
     stop = StopSignal.install()
-    if _wants_estimators(args.overrides):
-        return _print_estimators()
     env = process_env()
     config, world_size = _checked_train(args, env) if args.command == "train" else _checked_sft(args, env)
     if stop.received:
@@ -152,16 +157,19 @@ def _world_size(config: Any, env: RankEnv | None) -> int:
     return env.world_size if env else config.run.ranks or config.actor.tp * config.actor.pp
 
 
-def _wants_estimators(overrides: list[str]) -> bool:
-    pairs = pairwise(overrides)
-    return ("--algorithm.estimator", "list") in pairs or "--algorithm.estimator=list" in overrides
+def _registry_asked_for(arguments: list[str]) -> str | None:
+    """The option of which `riskpo train [X.toml] ... --OPTION list` asks what it can be; no file is needed."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    asked = (first for first, second in pairwise(words) if second == "list" and first in _REGISTRY_OPTIONS)
+    return next(asked, None) if arguments[:1] == ["train"] else None
 
 
-def _print_estimators() -> int:
+def _print_registry(option: str) -> int:
     from megatron_riskpo.algorithms.advantages import ESTIMATORS
+    from megatron_riskpo.algorithms.surrogates import SURROGATES
 
-    for name, estimator in sorted(ESTIMATORS.items()):
-        print(f"{name}: {estimator.description}")
+    for name, entry in sorted((ESTIMATORS if option == _ESTIMATOR else SURROGATES).items()):
+        print(f"{name}: {entry.description}")
     return 0
 
 

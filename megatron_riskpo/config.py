@@ -4,7 +4,7 @@ checked across fields by config_checks.py."""
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_riskpo.algorithms.config import AlgorithmConfig, PolicyLossConfig
+from megatron_riskpo.algorithms.config import AlgorithmConfig, MismatchConfig, PolicyLossConfig
 
 Scalar = int | float | bool | str
 
@@ -87,6 +87,12 @@ class RolloutConfig:
     """A response is cut after so many tokens."""
     temperature: float = 1.0
     """Softmax temperature of sampling, > 0; the trainer's log-probs use the same."""
+    dynamic_sampling: bool = False
+    """DAPO (arXiv 2503.14476): draw further questions until the step has data.prompts_per_step of them whose rewards
+    differ; those whose responses are all right or all wrong are left out."""
+    max_refills: int = 3
+    """Further draws a step, of data.prompts_per_step questions each, at most (dynamic_sampling); what is missing then
+    is filled up with questions of equal rewards."""
     tp: int = 1
     """Ranks a vLLM engine (tensor parallel); the world is split into world_size / tp engines."""
     max_num_seqs: int = 256
@@ -155,6 +161,11 @@ class RewardConfig:
 
     answer_form: Literal["any", "boxed"] = "any"
     """any: the last \\boxed{}, else the final answer as the text states it; boxed: only a \\boxed{} counts."""
+    overlong_buffer_tokens: int = 0
+    """Lc (arXiv 2503.14476): the reward falls linearly over the last Lc tokens before rollout.max_response_tokens;
+    0: off."""
+    overlong_penalty: float = 1.0
+    """What a response of rollout.max_response_tokens loses, in units of reward."""
     timeout_s: float = 5.0
     """Wall-clock limit of grading one response, in seconds; beyond it the grade is an error, not a wrong answer."""
     workers: int = 1
@@ -207,6 +218,7 @@ class TrainConfig:
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     loss: PolicyLossConfig = PolicyLossConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     actor: ActorConfig = ActorConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     bridge: BridgeConfig = BridgeConfig()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_riskpo.config import PROBE_LENGTH, ModelShapeConfig, SftConfig, TrainConfig
+from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
 
 
@@ -50,6 +51,7 @@ _BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("rollout.group_size", ">=", 1),
     ("rollout.max_response_tokens", ">=", 1),
     ("rollout.temperature", ">", 0),
+    ("rollout.max_refills", ">=", 0),
     ("rollout.tp", ">=", 1),
     ("rollout.max_num_seqs", ">=", 1),
     ("rollout.kv_cache_gib", ">", 0),
@@ -70,6 +72,8 @@ _BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("optimizer.clip_grad", ">=", 0),
     ("bridge.bucket_mib", ">", 0),
     ("bridge.tolerance", ">", 0),
+    ("rewards.overlong_buffer_tokens", ">=", 0),
+    ("rewards.overlong_penalty", ">=", 0),
     ("rewards.timeout_s", ">", 0),
     ("rewards.workers", ">=", 1),
     ("evaluation.every", ">=", 0),
@@ -265,14 +269,49 @@ def engine_split(setup: Setup) -> str | None:
 def algorithm(setup: Setup) -> str | None:
     # Imported here: the estimators bring in torch, which the cheap rules before this one do not need.
     from megatron_riskpo.algorithms import validate_algorithm, validate_policy_loss
+    from megatron_riskpo.algorithms.mismatch import validate_mismatch
 
     config = setup.config
     try:
         validate_algorithm(config.algorithm, config.data.prompts_per_step, config.rollout.group_size)
         validate_policy_loss(config.loss)
+        validate_mismatch(config.mismatch)
     except UsageError as error:
         return str(error)
     return None
+
+
+def overlong(setup: Setup) -> str | None:
+    buffer, longest = setup.config.rewards.overlong_buffer_tokens, setup.config.rollout.max_response_tokens
+    if buffer >= longest:
+        return (
+            f"rewards.overlong_buffer_tokens = {buffer} leaves no length without a penalty: "
+            f"rollout.max_response_tokens is {longest}; use {longest - 1} or less (0: off)"
+        )
+    return None
+
+
+def dynamic_sampling(setup: Setup) -> str | None:
+    config = setup.config
+    if config.rollout.dynamic_sampling and config.rollout.group_size < 2:
+        return (
+            f"rollout.dynamic_sampling keeps questions whose rewards differ, rollout.group_size = "
+            f"{config.rollout.group_size} gives one response each; set it to 2 or more, or dynamic_sampling to false"
+        )
+    # A file's questions are counted when they are read.
+    return too_few_questions(config, config.data.train_size) if config.data.train.startswith(GYM_PREFIX) else None
+
+
+def too_few_questions(config: TrainConfig, num_questions: int) -> str | None:
+    """What to say where a step of dynamic sampling could draw a question twice. (Fewer questions than one draw takes
+    are refused with or without dynamic sampling: PromptStream.)"""
+    prompts, refills = config.data.prompts_per_step, config.rollout.max_refills
+    if not config.rollout.dynamic_sampling or not prompts <= num_questions < (1 + refills) * prompts:
+        return None
+    return (
+        f"rollout.max_refills = {refills} may draw {1 + refills} times data.prompts_per_step = {prompts} questions a "
+        f"step, but there are {num_questions} training questions; use {num_questions // prompts - 1} or fewer"
+    )
 
 
 def mini_batches(setup: Setup) -> str | None:
@@ -341,6 +380,8 @@ TRAIN_RULES: tuple[Rule, ...] = (
     lengths,
     pass_at_k,
     mini_batches,
+    overlong,
+    dynamic_sampling,
     engine_available,
     algorithm,
 )

@@ -17,6 +17,7 @@ FREE_OPTIONS = (
     *("actor.tp", "actor.pp", "actor.sequence_parallel", "actor.micro_batch_tokens"),
     *("rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
     *("rewards.workers", "rewards.timeout_s"),
+    "mismatch.abort_above",
 )
 _ABSENT = object()
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_checks import max_sequence_length
+from megatron_riskpo.config import DataConfig, TrainConfig
+from megatron_riskpo.config_checks import max_sequence_length, too_few_questions
 from megatron_riskpo.config_io import write_run_record
 from megatron_riskpo.data.prompts import encode_prompts
 from megatron_riskpo.data.questions import Question, load_split
@@ -60,27 +60,26 @@ def _build(
 ) -> Any:
     # Megatron may only be imported once rank_runtime has put the CPU backend in place.
     from megatron_riskpo.actor.actor import Actor
+    from megatron_riskpo.actor.reference import ReferenceWeights
+    from megatron_riskpo.objective import Objective
     from megatron_riskpo.resharding.bridge import Bridge
     from megatron_riskpo.rewards.pool import MATH_GRADER, GraderPool
-    from megatron_riskpo.trainer import EncodedQuestions, Trainer
+    from megatron_riskpo.trainer import Trainer
 
     observer = Observer(run_dir, config.logging, config.run.steps, start_step, is_writer=grid.rank == 0)
     tokenizer = load_tokenizer(config.model.path)
-
-    def encoded(questions: list[Question], what: str) -> EncodedQuestions:
-        prompts, kept = encode_prompts(questions, tokenizer, config.data)
-        if len(kept) < len(questions):
-            num_left_out = len(questions) - len(kept)
-            observer.log(f"{what}: left out {num_left_out} of {len(questions)} questions, prompt too long")
-        chosen = [questions[i] for i in kept]
-        return EncodedQuestions(prompts, [q.problem for q in chosen], [q.expected_answer for q in chosen])
-
     train_questions, held_out_questions = load_split(config.data, config.run.seed)
-    train_set, held_out = encoded(train_questions, "training"), encoded(held_out_questions, "held out")
+    train_set = _encoded(train_questions, "training", tokenizer, config.data, observer)
+    held_out = _encoded(held_out_questions, "held out", tokenizer, config.data, observer)
     stream = PromptStream(
         len(train_set.prompts), config.data.prompts_per_step, config.run.seed, option="data.prompts_per_step"
     )
+    shortage = too_few_questions(config, len(train_set.prompts))
+    if shortage:
+        raise UsageError(shortage)
     actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
+    # Now: the actor's weights are those of model.path only until a checkpoint is loaded.
+    reference = ReferenceWeights(actor.module) if config.loss.kl_coefficient else None
     engine = _build_engine(config, actor, grid)
     stack.callback(engine.close)
     pool = GraderPool(MATH_GRADER, config.rewards.workers, config.rewards.timeout_s)
@@ -99,7 +98,21 @@ def _build(
         stop=stop,
         observer=stack.enter_context(observer),
         run_dir=run_dir,
+        objective=Objective(config.algorithm, len(train_set.prompts)),
+        reference=reference,
     )
+
+
+def _encoded(questions: list[Question], what: str, tokenizer: Any, data: DataConfig, observer: Observer) -> Any:
+    """Those of the questions whose prompt is short enough."""
+    from megatron_riskpo.trainer import EncodedQuestions
+
+    prompts, kept = encode_prompts(questions, tokenizer, data)
+    if len(kept) < len(questions):
+        num_left_out = len(questions) - len(kept)
+        observer.log(f"{what}: left out {num_left_out} of {len(questions)} questions, prompt too long")
+    chosen = [questions[i] for i in kept]
+    return EncodedQuestions(prompts, [q.problem for q in chosen], [q.expected_answer for q in chosen])
 
 
 def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid) -> Any:

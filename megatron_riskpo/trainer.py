@@ -1,4 +1,4 @@
-"""The RiskPO loop: generate, score, advantages, update, sync."""
+"""The RiskPO loop: collect (generate and score), advantages, update, sync."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,20 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_riskpo.actor.actor import Actor
-from megatron_riskpo.algorithms import QuantileTracker, compute_advantages
+from megatron_riskpo.actor.actor import Actor, UpdateOutputs
+from megatron_riskpo.actor.reference import ReferenceWeights
 from megatron_riskpo.algorithms.diagnostics import cov_logprob_advantage
-from megatron_riskpo.algorithms.mismatch import mismatch_sums
-from megatron_riskpo.algorithms.policy_loss import segment_mean
+from megatron_riskpo.algorithms.kl import kl_penalty
+from megatron_riskpo.algorithms.mismatch import correct_mismatch, mismatch_sums, needs_old_logprobs
+from megatron_riskpo.algorithms.segments import segment_mean
+from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint.training_state import save_checkpoint
+from megatron_riskpo.collect import Groups, collect
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.data.stream import PromptStream, sample_seeds
 from megatron_riskpo.distributed.signals import StopSignal, agree
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.evaluation.evaluate import evaluate
+from megatron_riskpo.objective import Objective, without_signal
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.resharding.bridge import Bridge
 from megatron_riskpo.rewards.pool import GraderPool
-from megatron_riskpo.rewards.scoring import Rewards, score_rollouts
+from megatron_riskpo.rewards.scoring import score_rollouts
+from megatron_riskpo.rewards.shaping import shaped_rewards
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, SamplingConfig
 
 
@@ -50,7 +56,9 @@ class Trainer:
     stop: StopSignal
     observer: Observer
     run_dir: Path
-    tracker: QuantileTracker | None = None
+    objective: Objective
+    reference: ReferenceWeights | None = None
+    """Of the model that the run started from, where the loss has a KL penalty."""
     step: int = 0
     """Steps done."""
 
@@ -78,81 +86,123 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One RL step; returns its metrics."""
-        config, phase = self.config, self.observer.phase
+        collected = collect(self.draw, self.config.rollout)
+        batch = collected.batch
+        tokens, mismatch = self.score_tokens(batch.rollouts)
+        with self.observer.phase("advantage"):
+            shaped = self.shape(batch, tokens)
+            advantages, learning = self.objective.advantages(collected, shaped, self.bundle_generator())
+        self.warn_without_signal(learning)
+        with self.observer.phase("update"):
+            update = self.update(batch.rollouts, advantages, tokens)
+        if tokens.old_logprobs is None:
+            mismatch = self.measure_mismatch(batch.rollouts, update.logprobs)
+        with self.observer.phase("sync"):
+            synced = self.bridge.sync(self.step)
+        self.observer.save_samples(self.step, lambda n: self.sample_rows(batch, shaped, advantages, n))
+        logprobs = update.logprobs if tokens.old_logprobs is None else tokens.old_logprobs
+        mean_logprobs = segment_mean(logprobs, batch.rollouts.response_lengths).view_as(advantages)
+        covariances = cov_logprob_advantage(mean_logprobs, advantages, batch.rewards.matrix)
+        sampled = collected.metrics | self.rollout_metrics(collected.drawn.rollouts)
+        return {**learning, **update.metrics, **covariances, **mismatch, **synced, **sampled}
+
+    def draw(self, draw: int) -> Groups:
+        """Sample and grade the stream's next questions; `draw` counts the step's draws, from 0."""
+        config = self.config
         rows = self.stream.next_batch()
-        seeds = sample_seeds(config.run.seed, self.step, len(rows), "train")
-        with phase("rollout"):
+        seeds = sample_seeds(config.run.seed, self.step, len(rows), "train", draw)
+        with self.observer.phase("rollout"):
             sampling = self.sampling(config.rollout.group_size, config.rollout.temperature)
             rollouts = self.engine.generate([self.train_set.prompts[row] for row in rows], sampling, seeds)
-        with phase("reward"):
+        with self.observer.phase("reward"):
             answers = [self.train_set.answers[row] for row in rows]
             rewards = score_rollouts(
                 rollouts, answers, self.tokenizer, self.pool, config.rewards.answer_form, self.actor.grid.world
             )
-        with phase("advantage"):
-            # A generator of the step's own: bundles need no state in the checkpoint.
-            generator = torch.Generator().manual_seed(sample_seeds(config.run.seed, self.step, 1, "bundles")[0])
-            lengths = rollouts.response_lengths.view_as(rewards.matrix)
-            estimate = compute_advantages(
-                rewards.matrix, config.algorithm, tracker=self.tracker, lengths=lengths, generator=generator
+        return Groups(rows, rollouts, rewards)
+
+    def score_tokens(self, rollouts: Rollouts) -> tuple[TokenInputs, dict[str, float]]:
+        """What must be known of each response token before the update, and mismatch/* where that tells it."""
+        config, temperature = self.config, self.config.rollout.temperature
+        old = ref = None
+        # With one mini-batch the policy has not moved yet: the update's own log-probs are the old ones.
+        if config.actor.mini_batches > 1 or needs_old_logprobs(config.loss, config.mismatch):
+            with self.observer.phase("logprobs"):
+                old = self.actor.logprobs(rollouts, temperature)
+        if self.reference is not None:
+            with self.observer.phase("logprobs"), self.reference.in_place():
+                ref = self.actor.logprobs(rollouts, temperature)
+        if old is None:
+            return TokenInputs(ref_logprobs=ref), {}
+        metrics = self.measure_mismatch(rollouts, old)
+        correction = correct_mismatch(rollouts.rollout_logprobs, old, rollouts.response_lengths, config.mismatch)
+        return TokenInputs(old, ref, correction.weights, correction.keep), metrics | correction.metrics
+
+    def measure_mismatch(self, rollouts: Rollouts, trainer_logprobs: Tensor) -> dict[str, float]:
+        """mismatch/*; raises RunError, on every rank alike, where it is more than the run accepts."""
+        metrics = mismatch_sums(rollouts.rollout_logprobs, trainer_logprobs).metrics()
+        limit, mean = self.config.mismatch.abort_above, metrics["mismatch/logprob_abs_mean"]
+        # "not <=": a mismatch of NaN is one as well.
+        if limit and not mean <= limit:
+            raise RunError(
+                f"step {self.step}: the log-probs of trainer and rollout engine differ by {mean:.3g} nats a token "
+                f"(at most {metrics['mismatch/logprob_abs_max']:.3g}), more than mismatch.abort_above = {limit:g}; the "
+                "last checkpoint is as it was: find the cause with bridge.verify = true, or raise mismatch.abort_above"
             )
-            self.tracker = estimate.tracker
-            advantages = estimate.advantages.flatten()
-            self.warn_without_signal(estimate.metrics)
-        with phase("update"):
-            # With one mini-batch the policy has not moved yet: its own log-probs are the old ones.
-            several = config.actor.mini_batches > 1
-            old = self.actor.logprobs(rollouts, config.rollout.temperature) if several else None
-            update = self.actor.update(
-                rollouts, advantages, old, config.loss, config.rollout.temperature,
-                num_optimizer_steps_total=config.run.steps * config.actor.mini_batches,
-            )  # fmt: skip
-            trainer_logprobs = update.logprobs if old is None else old
-        with phase("sync"):
-            synced = self.bridge.sync(self.step)
-        self.observer.save_samples(self.step, lambda n: self.sample_rows(rows[:n], rollouts, rewards, advantages))
+        return metrics
+
+    def shape(self, batch: Groups, tokens: TokenInputs) -> Tensor:
+        """float64 [P, G]: the rewards that advantages are made of."""
+        config = self.config
+        shaped = shaped_rewards(batch.rewards.matrix, batch.lengths, config.rewards, config.rollout.max_response_tokens)
+        if config.loss.kl_coefficient and config.loss.kl_in == "reward":
+            lengths = batch.rollouts.response_lengths
+            shaped = kl_penalty(shaped, tokens.old_logprobs, tokens.ref_logprobs, lengths, config.loss)
+        return shaped
+
+    def bundle_generator(self) -> torch.Generator:
+        """The step's own: bundles need no state in the checkpoint."""
+        return torch.Generator().manual_seed(sample_seeds(self.config.run.seed, self.step, 1, "bundles")[0])
+
+    def update(self, rollouts: Rollouts, advantages: Tensor, tokens: TokenInputs) -> UpdateOutputs:
+        """The step's optimizer steps."""
+        config = self.config
+        return self.actor.update(
+            rollouts, advantages.flatten(), tokens, config.loss, config.rollout.temperature,
+            config.rollout.max_response_tokens,
+            num_optimizer_steps_total=config.run.steps * config.actor.mini_batches,
+        )  # fmt: skip
+
+    def rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
+        """rollout/* of all that was sampled."""
         return {
-            **estimate.metrics,
-            "reward/errors": float(rewards.errors.sum()),
-            **update.metrics,
-            **cov_logprob_advantage(segment_mean(trainer_logprobs, rollouts.response_lengths), advantages),
-            **mismatch_sums(rollouts.rollout_logprobs, trainer_logprobs).metrics(),
-            **synced,
             "rollout/response_length": float(rollouts.response_lengths.double().mean()),
             "rollout/truncated": float((~rollouts.finished).double().mean()),
             "rollout/tokens_per_second": float(rollouts.response_lengths.sum()) / self.observer.seconds("rollout"),
         }
 
     def warn_without_signal(self, metrics: dict[str, float]) -> None:
-        """Say it when a step has nothing to learn from: a run in that state may not leave it by itself."""
-        if metrics["risk/zero_advantage_share"] == 1.0:
-            remedy = "harder" if metrics["reward/solve_all"] > metrics["reward/solve_none"] else "easier"
-            if self.config.algorithm.estimator == "riskpo":
-                remedy += " questions, smaller bundles or a larger algorithm.beta"
-            else:
-                remedy += " questions or larger groups"
-            self.observer.log(
-                f"step {self.step}: all advantages are 0, nothing to learn (mean reward {metrics['reward/mean']:.3f}, "
-                f"q_beta {metrics['risk/q_beta']:g}); use {remedy}"
-            )
+        """Say it when a step has nothing to learn from."""
+        complaint = without_signal(metrics, self.config.algorithm)
+        if complaint:
+            self.observer.log(f"step {self.step}: {complaint}")
 
-    def sample_rows(
-        self, questions: list[int], rollouts: Rollouts, rewards: Rewards, advantages: Tensor
-    ) -> list[dict[str, Any]]:
-        """The responses to the step's first questions, as a person would read them."""
-        group_size = rewards.matrix.size(1)
-        num_rows = len(questions) * group_size
-        texts = self.tokenizer.batch_decode(rollouts.responses()[:num_rows], skip_special_tokens=True)
+    def sample_rows(self, batch: Groups, shaped: Tensor, advantages: Tensor, num: int) -> list[dict[str, Any]]:
+        """The responses to the step's first `num` questions, as a person would read them."""
+        first = batch.select(range(min(num, len(batch.rows))))
+        group_size = shaped.size(1)
+        texts = self.tokenizer.batch_decode(first.rollouts.responses(), skip_special_tokens=True)
         return [
             {
-                "problem": self.train_set.problems[questions[row // group_size]],
-                "expected_answer": self.train_set.answers[questions[row // group_size]],
-                "response": texts[row],
-                "reward": float(rewards.matrix.flatten()[row]),
-                "finished": bool(rollouts.finished[row]),
-                "advantage": float(advantages[row]),
+                "problem": self.train_set.problems[first.rows[row // group_size]],
+                "expected_answer": self.train_set.answers[first.rows[row // group_size]],
+                "response": text,
+                "reward": float(first.rewards.matrix.flatten()[row]),
+                "shaped_reward": float(shaped.flatten()[row]),
+                "finished": bool(first.rollouts.finished[row]),
+                "advantage": float(advantages.flatten()[row]),
             }
-            for row in range(num_rows)
+            for row, text in enumerate(texts)
         ]
 
     def evaluate(self) -> dict[str, float]:
@@ -168,18 +218,14 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on."""
-        state = {
-            "step": self.step,
-            "stream": self.stream.state_dict(),
-            "tracker": self.tracker.state_dict() if self.tracker is not None else None,
-        }
+        state = {"step": self.step, "stream": self.stream.state_dict(), "objective": self.objective.state_dict()}
         save_checkpoint(self.run_dir / "checkpoints", self.step, self.actor, state, self.config.checkpoint.keep)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `save`'s state; the actor has loaded its own part."""
         self.step = state["step"]
         self.stream.load_state_dict(state["stream"])
-        self.tracker = QuantileTracker.from_state_dict(state["tracker"]) if state["tracker"] is not None else None
+        self.objective.load_state_dict(state["objective"])
 
     def sampling(self, group_size: int, temperature: float) -> SamplingConfig:
         """How this run samples, but for the two things in which training and evaluation differ."""

@@ -92,10 +92,16 @@ def test_help_lists_every_option_with_its_meaning(recipe: str, capfd) -> None:
     assert "Softmax temperature of sampling" in out
 
 
-def test_estimator_list_prints_the_registry(recipe: str, capfd) -> None:
-    assert main(["train", recipe, "--algorithm.estimator", "list"]) == 0
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [("--algorithm.estimator", {"grpo", "riskpo"}), ("--loss.kind", {"gspo", "ppo"})],
+)
+@pytest.mark.parametrize("form", ["after a file", "alone", "with ="])
+def test_list_prints_the_registry(option: str, names: set[str], form: str, recipe: str, capfd) -> None:
+    forms = {"after a file": [recipe, option, "list"], "alone": [option, "list"], "with =": [f"{option}=list"]}
+    assert main(["train", *forms[form]]) == 0
     out = capfd.readouterr().out
-    assert {"grpo", "riskpo"} <= {line.partition(":")[0] for line in out.splitlines()}
+    assert names <= {line.partition(":")[0] for line in out.splitlines()}
 
 
 def test_errors_are_explained_in_one_line() -> None:

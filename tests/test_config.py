@@ -122,7 +122,7 @@ def test_a_wrong_file_is_named_with_the_nearest_right_key(text: str, message: st
         (["--actor.tp"], "--actor.tp (no value): expected an integer"),
         (["--actor.tp", "1", "2"], "--actor.tp 1 2: expected an integer"),
         (["--optimizer.lr", "inf"], "--optimizer.lr inf: expected a finite number"),
-        (["--loss.ratio", "tokens"], "--loss.ratio tokens: expected one of sequence, token; did you mean token?"),
+        (["--loss.kl_in", "losses"], "--loss.kl_in losses: expected one of loss, reward; did you mean loss?"),
         (["--bridge.verify"], "--bridge.verify (no value): expected true or false"),
         (["2"], "unexpected argument '2'"),
         (["--data.options.max_terms"], "--data.options.max_terms takes one value, got 0"),
@@ -171,6 +171,21 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         (["--run.name", "a/b"], 1, "run.name = 'a/b' is no folder name"),
         (["--data.prompt_template", "hello"], 1, "has no {problem}"),
         (["--loss.clip_low", "2"], 1, "loss.clip_low = 2.0 is out of range"),
+        (["--loss.kind", "pppo"], 1, "loss.kind = pppo is unknown: did you mean ppo?"),
+        (["--mismatch.cap", "0.5"], 1, "mismatch.cap = 0.5 is out of range"),
+        (["--rewards.overlong_penalty", "-1"], 1, "rewards.overlong_penalty = -1.0 is out of range; it must be >= 0"),
+        (["--rewards.overlong_buffer_tokens", "64"], 1, "rollout.max_response_tokens is 64; use 63 or less (0: off)"),
+        (
+            ["--rollout.dynamic_sampling", "true", "--rollout.group_size", "1"],
+            1,
+            "rollout.group_size = 1 gives one response each; set it to 2 or more",
+        ),
+        (
+            ["--rollout.dynamic_sampling", "true", "--data.train_size", "159"],
+            1,
+            "rollout.max_refills = 3 may draw 4 times data.prompts_per_step = 40 questions a step, "
+            "but there are 159 training questions; use 2 or fewer",
+        ),
     ],
 )
 def test_cross_checks_say_the_numbers_and_the_nearest_setting(overrides, world_size: int, message: str, toml) -> None:

@@ -57,6 +57,14 @@ verify = true
 PLAIN = "\n".join(
     line for line in OPTIONS.splitlines() if not line.startswith(("options", "[algorithm]", "bundle", "quantile"))
 )
+# All that a step can do besides: refills, shaped rewards, running pass rates, a reference model, corrected mismatch.
+EVERYTHING = (
+    *("--rollout.dynamic_sampling", "true", "--rollout.max_refills", "2", "--rollout.max_response_tokens", "12"),
+    *("--rewards.overlong_buffer_tokens", "4", "--algorithm.bundling", "sorted", "--actor.mini_batches", "2"),
+    *("--loss.kl_coefficient", "0.05", "--mismatch.correction", "tis", "--mismatch.abort_above", "1e-3"),
+    # Small steps: the weakly trained model must go on solving something, or there is nothing to keep.
+    *("--optimizer.lr", "1e-4"),
+)
 BASE = """
 [run]
 name = "base"
@@ -146,9 +154,9 @@ def test_base_model_is_reused(folder):
     assert "re-using" in run(folder, "sft", "base.toml")
 
 
-@pytest.mark.parametrize("engine", ["vllm", "megatron"])
-def test_killed_run_resumes_bit_for_bit(folder, engine):
-    options = ("--rollout.engine", engine)
+@pytest.mark.parametrize(("engine", "more"), [("vllm", ()), ("megatron", EVERYTHING)])
+def test_killed_run_resumes_bit_for_bit(folder, engine, more):
+    options = ("--rollout.engine", engine, *more)
     train(folder, f"{engine}-whole", *options)
     process = start(
         folder, "train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", f"{engine}-killed", *options
@@ -162,6 +170,22 @@ def test_killed_run_resumes_bit_for_bit(folder, engine):
     for name, tensor in weights(folder, f"{engine}-killed").items():
         assert torch.equal(tensor, expected[name]), name
     assert max(row["mismatch/logprob_abs_mean"] for row in whole[1:]) < 1e-5
+    assert [row["step"] for row in whole if {"risk/q_alpha_drift", "risk/q_beta_drift"} <= row.keys()] == [
+        *range(2, 11)
+    ]
+    if more:
+        assert {row["rollout/rounds"] for row in whole[1:]} & {2, 3}
+        assert any(0 < row["rollout/kept_share"] < 1 for row in whole[1:])
+        assert any(row["reward/shaped_mean"] < row["reward/mean"] for row in whole[1:])
+        # The policy leaves the reference in the first step, which has two mini-batches.
+        assert all(row["actor/kl_ref"] > 0 for row in whole[1:])
+        assert all(row["mismatch/weight_mean"] == pytest.approx(1, abs=1e-4) for row in whole[1:])
+
+
+def test_mismatch_beyond_the_threshold_ends_the_run_in_one_line(folder):
+    options = ("--rollout.engine", "megatron", "--mismatch.abort_above", "1e-12")
+    line = error_line(train(folder, "mismatch", *options, exit_code=1))
+    assert re.search(r"step 1: the log-probs .* differ by .*e-0\d nats a token .* mismatch.abort_above = 1e-12;", line)
 
 
 def test_exported_model_equals_actor_and_engine(folder):

@@ -1,5 +1,6 @@
 """The actor: a Megatron model that scores rollouts, learns from them, and gives its weights away."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,11 @@ from megatron_riskpo.actor.optimizer import build_optimizer, learning_rate, set_
 from megatron_riskpo.actor.packing import MicroBatch, plan_micro_batches
 from megatron_riskpo.actor.passes import MicroBatchLoss, gather_logprobs, run_passes, sum_metrics
 from megatron_riskpo.algorithms.config import PolicyLossConfig
+from megatron_riskpo.algorithms.covariance import covariant_tokens
 from megatron_riskpo.algorithms.policy_loss import loss_normalizer, policy_loss
+from megatron_riskpo.algorithms.segments import count_kept
+from megatron_riskpo.algorithms.surrogates import SURROGATES
+from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint.hf import load_hf_weights, save_hf
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
@@ -90,23 +95,25 @@ class Actor:
         return gather_logprobs([r["logprobs"] for r in results], plan, rollouts, self.grid)
 
     def update(
-        self, rollouts: Rollouts, advantages: Tensor, old_logprobs: Tensor | None, loss: PolicyLossConfig,
-        temperature: float, num_optimizer_steps_total: int,
+        self, rollouts: Rollouts, advantages: Tensor, tokens: TokenInputs, loss: PolicyLossConfig, temperature: float,
+        max_response_tokens: int, num_optimizer_steps_total: int,
     ) -> UpdateOutputs:  # fmt: skip
         """`config.mini_batches` optimizer steps on the given responses.
 
-        advantages [N] float64, one a response. old_logprobs float32 [num_response_tokens]; None takes each
-        mini-batch's own log-probs for old ones (right for one mini-batch, and saves a forward pass).
-        num_optimizer_steps_total is the length of the learning-rate schedule.
+        advantages [N] float64, one a response. tokens: values of all response tokens, on the CPU; without old log-probs
+        each mini-batch's own are taken (right for one mini-batch, and saves a forward pass), `penalised` is found here.
+        max_response_tokens is the constant of one aggregation; num_optimizer_steps_total the length of the
+        learning-rate schedule.
         """
-        num_rows = rollouts.num_sequences
         logprob_pieces: list[Tensor] = []
         metrics: list[dict[str, float]] = []
-        old_pieces = rollouts.split_by_response(old_logprobs) if old_logprobs is not None else None
-        for rows in torch.arange(num_rows).chunk(self.config.mini_batches):
-            mini_batch = rollouts.select(rows.tolist())
-            old = torch.cat([old_pieces[row] for row in rows.tolist()]) if old_pieces is not None else None
-            micro_loss = _policy_micro_loss(mini_batch, advantages[rows], old, loss, self.grid.device)
+        for chunk in torch.arange(rollouts.num_sequences).chunk(self.config.mini_batches):
+            rows = chunk.tolist()
+            mini_batch = rollouts.select(rows)
+            inputs = tokens.select(rollouts.response_lengths, rows)
+            micro_loss = policy_micro_loss(
+                mini_batch, advantages[rows], inputs, loss, max_response_tokens, self.grid.device
+            )
             logprobs, summed = self.train_step(mini_batch, micro_loss, temperature, num_optimizer_steps_total)
             logprob_pieces.append(logprobs)
             metrics.append(summed)
@@ -154,21 +161,29 @@ class Actor:
         return run_passes(self.model, rollouts, micro_batches, temperature, pad_to_multiple, self.grid.device, loss)
 
 
-def _policy_micro_loss(
-    mini_batch: Rollouts, advantages: Tensor, old_logprobs: Tensor | None, config: PolicyLossConfig,
+def policy_micro_loss(
+    mini_batch: Rollouts, advantages: Tensor, tokens: TokenInputs, config: PolicyLossConfig, max_response_tokens: int,
     device: torch.device,
 ) -> MicroBatchLoss:  # fmt: skip
-    """The policy loss of a mini-batch, as a function of one of its micro-batches."""
-    normalizer = loss_normalizer(config, mini_batch.response_lengths)
-    old_pieces = mini_batch.split_by_response(old_logprobs) if old_logprobs is not None else None
-    num_tokens = float(mini_batch.response_lengths.sum())
+    """The policy loss of a mini-batch, as a function of one of its micro-batches.
+
+    What depends on the whole mini-batch, its denominators and the tokens to hold back, is settled here, before it is
+    cut.
+    """
+    lengths = mini_batch.response_lengths
+    if SURROGATES[config.kind].needs_penalised:
+        penalised = covariant_tokens(tokens.old_logprobs, advantages, lengths, config.cov_fraction, tokens.keep)
+        tokens = dataclasses.replace(tokens, penalised=penalised)
+    kept_lengths = count_kept(lengths, tokens.keep)
+    normalizer = loss_normalizer(config, kept_lengths, max_response_tokens)
+    num_kept, num_tokens = float(kept_lengths.sum()), float(lengths.sum())
 
     def loss(batch: MicroBatch, logprobs: Tensor, entropies: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        old = logprobs.detach() if old_pieces is None else torch.cat([old_pieces[r] for r in batch.rows]).to(device)
         outputs = policy_loss(
-            logprobs, old, advantages[list(batch.rows)].to(device), batch.response_lengths, config, normalizer,
-            entropies if config.entropy_coefficient else None,
+            logprobs, advantages[list(batch.rows)].to(device), batch.response_lengths, config, normalizer,
+            tokens.select(lengths, batch.rows).to(device), entropies if config.entropy_coefficient else None, num_kept,
         )  # fmt: skip
+        # However the loss aggregates, and whatever is masked: what the policy's entropy is.
         return outputs.loss, outputs.metrics | {"actor/entropy": entropies.detach().sum() / num_tokens}
 
     return loss

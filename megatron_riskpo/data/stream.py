@@ -56,7 +56,12 @@ class PromptStream:
         self._position = int(state["position"])
 
 
-def sample_seeds(seed: int, step: int, num: int, stream: Literal["train", "evaluation", "bundles"]) -> list[int]:
-    """`num` seeds for a step, 0 <= seed < 2**63; those of other steps, streams and runs are unrelated."""
-    words = np.random.SeedSequence([STREAMS[stream], seed, step]).generate_state(num, np.uint64)
+def sample_seeds(
+    seed: int, step: int, num: int, stream: Literal["train", "evaluation", "bundles"], draw: int = 0
+) -> list[int]:
+    """`num` seeds for a step, 0 <= seed < 2**63; those of other steps, streams, runs and draws within a step are
+    unrelated."""
+    # A spawn key and not a fourth word: numpy pads the entropy with zeros.
+    spawn_key = (draw,) if draw else ()
+    words = np.random.SeedSequence([STREAMS[stream], seed, step], spawn_key=spawn_key).generate_state(num, np.uint64)
     return [int(value) >> 1 for value in words]

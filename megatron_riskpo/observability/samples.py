@@ -9,6 +9,8 @@ from typing import Any
 
 FOLDER = "rollouts"
 FIELDS = ("problem", "expected_answer", "response", "reward", "finished", "advantage")
+SHAPED = "shaped_reward"
+"""The reward that the advantage was made of; a row may have it, and it is written where it is not the graded one."""
 
 
 def write_samples(run_dir: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -19,6 +21,8 @@ def write_samples(run_dir: Path, step: int, rows: Sequence[Mapping[str, Any]]) -
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             values = {"step": step, **{name: to_json(row[name]) for name in FIELDS}}
+            if SHAPED in row and row[SHAPED] != row["reward"]:
+                values[SHAPED] = to_json(row[SHAPED])
             file.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 

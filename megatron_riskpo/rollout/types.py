@@ -4,7 +4,7 @@ N = number of sequences = num_prompts * group_size; the group of prompt p is row
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
 import torch
@@ -73,6 +73,11 @@ class Rollouts:
             rollout_logprobs=torch.cat([logprobs[i] for i in rows]) if len(rows) else self.rollout_logprobs[:0],
             finished=self.finished[index],
         )
+
+    @classmethod
+    def concat(cls, parts: "Sequence[Rollouts]") -> "Rollouts":
+        """All sequences of the parts, in order; at least one part."""
+        return cls(**{item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(cls)})
 
 
 class RolloutEngine(Protocol):

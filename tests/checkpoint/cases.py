@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.algorithms.config import PolicyLossConfig
+from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint import training_state
 from megatron_riskpo.checkpoint.manifest import latest_complete, step_folders
 from megatron_riskpo.checkpoint.training_state import agree_on_latest, load_checkpoint, save_checkpoint
@@ -54,7 +55,9 @@ def train(actor: Actor, steps: range) -> dict[str, Any]:
     metrics = []
     for step in steps:
         rollouts, advantages, _ = ragged_rollouts(4, seed=step)
-        metrics.append(actor.update(rollouts, advantages, None, PolicyLossConfig(), 0.8, NUM_STEPS).metrics)
+        metrics.append(
+            actor.update(rollouts, advantages, TokenInputs(), PolicyLossConfig(), 0.8, 40, NUM_STEPS).metrics
+        )
     weights = {name: tensor.clone() for name, tensor in actor.export_weights()}
     return {"metrics": metrics, "weights": weights, "optimizer": optimizer_state(actor), "draws": draw()}
 

@@ -62,9 +62,15 @@ def test_sample_seeds_are_reproducible_distinct_and_in_range():
         for stream in ("train", "evaluation", "bundles")
         for run_seed in (0, 1, 2)
         for step in range(20)
-        for seed in sample_seeds(run_seed, step, 30, stream)
+        for draw in range(3)
+        for seed in sample_seeds(run_seed, step, 30, stream, draw)
     ]
     assert max(Counter(seeds).values()) == 1
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
     assert sample_seeds(1, 2, 30, "train")[:10] == sample_seeds(1, 2, 10, "train")
+
+
+def test_seeds_of_the_first_draw_are_what_they_have_always_been():
+    # From the release before further draws: runs of that time can be repeated.
+    assert sample_seeds(1, 2, 2, "train") == [4577980684254263135, 2695319899829522293]

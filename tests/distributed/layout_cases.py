@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.algorithms.config import PolicyLossConfig
+from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
 from megatron_riskpo.resharding.export import ExportItem, export_weights
@@ -18,7 +19,7 @@ from tests.tiny_models import VOCAB_SIZE
 TEMPERATURE = 0.8
 LOSSES = {
     "riskpo": PolicyLossConfig(),
-    "grpo": PolicyLossConfig(ratio="token", aggregation="token_mean", entropy_coefficient=0.01),
+    "grpo": PolicyLossConfig(kind="ppo", aggregation="token_mean", entropy_coefficient=0.01),
 }
 
 
@@ -61,7 +62,8 @@ def one_update(actor_config: ActorConfig, model_dir: Path, loss: PolicyLossConfi
     actor = Actor.from_hf(model_dir, actor_config, optimizer, torch.float32, grid)
     rollouts, advantages, noise = ragged_rollouts()
     before = actor.logprobs(rollouts, TEMPERATURE)
-    outputs = actor.update(rollouts, advantages, before + noise, loss, TEMPERATURE, num_optimizer_steps_total=10)
+    tokens = TokenInputs(old_logprobs=before + noise)
+    outputs = actor.update(rollouts, advantages, tokens, loss, TEMPERATURE, 40, num_optimizer_steps_total=10)
     # A distributed optimizer reduces gradients into each rank's own shard only; the weights after tell the rest.
     gradients = {} if actor_config.distributed_optimizer else gradients_in_hf_layout(actor)
     weights = {name: tensor.clone() for name, tensor in actor.export_weights()}

@@ -20,3 +20,9 @@ def test_steps_sort_as_numbers_and_nan_is_null(tmp_path: Path) -> None:
 
 def test_no_samples(tmp_path: Path) -> None:
     assert sample_steps(tmp_path) == []
+
+
+def test_a_shaped_reward_is_written_where_it_is_another(tmp_path: Path) -> None:
+    plain = dict(zip(FIELDS, ("p", "1", "r", 1.0, True, 0.0), strict=True))
+    write_samples(tmp_path, 1, [plain | {"shaped_reward": 1.0}, plain | {"shaped_reward": 0.5}])
+    assert ["shaped_reward" in row for row in read_samples(tmp_path, 1)] == [False, True]

@@ -10,6 +10,7 @@ from step_records import StepRecord, write_records
 
 from megatron_riskpo.algorithms import compute_advantages
 from megatron_riskpo.algorithms.config import AlgorithmConfig, PolicyLossConfig
+from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.config import ActorConfig, BridgeConfig, OptimizerConfig, RolloutConfig, RunConfig
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import die_with_launcher, process_env
@@ -19,7 +20,7 @@ from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
 
 # grpo is TRL's objective: token ratios, mean over sequences of token means (its loss_type "grpo").
 OBJECTIVES = {
-    "grpo": (AlgorithmConfig(estimator="grpo"), PolicyLossConfig(ratio="token")),
+    "grpo": (AlgorithmConfig(estimator="grpo"), PolicyLossConfig(kind="ppo")),
     "riskpo": (AlgorithmConfig(estimator="riskpo", bundle_size=4), PolicyLossConfig()),
 }
 
@@ -62,7 +63,10 @@ class Stepper:
                 generator=torch.Generator().manual_seed(index),
             ).advantages.flatten()  # fmt: skip
         with timer("update"):
-            self.actor.update(rollouts, advantages, None, self.loss, 1.0, num_optimizer_steps_total=len(self.prompts))
+            self.actor.update(
+                rollouts, advantages, TokenInputs(), self.loss, 1.0, max_response_tokens,
+                num_optimizer_steps_total=len(self.prompts),
+            )  # fmt: skip
         with timer("sync"):
             self.bridge.sync(index + 1)
         return _record(rollouts, timer, time.perf_counter() - start, float(rewards.mean()))

@@ -1,0 +1,115 @@
+"""Single verbs of a step that whole runs (test_end_to_end) do not tell apart."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_riskpo.algorithms.config import MismatchConfig, PolicyLossConfig
+from megatron_riskpo.algorithms.token_inputs import TokenInputs
+from megatron_riskpo.collect import Groups
+from megatron_riskpo.config import RewardConfig, RolloutConfig, TrainConfig
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.rewards.scoring import Rewards
+from megatron_riskpo.rollout.types import Rollouts
+from megatron_riskpo.trainer import EncodedQuestions, Trainer
+from tests.distributed.advantage_cases import DigitTokenizer
+
+
+def trainer(config: TrainConfig, **parts: Any) -> Trainer:
+    """With nothing but the given parts."""
+    names = ("actor", "engine", "bridge", "pool", "tokenizer", "train_set", "held_out", "stream", "stop_token_ids",
+             "stop", "observer", "run_dir", "objective")  # fmt: skip
+    return Trainer(config=config, **(dict.fromkeys(names) | parts), step=3)  # type: ignore[arg-type]
+
+
+def two_groups() -> Groups:
+    """Questions 5 and 2, responses of 1, 2, 3 and 4 tokens."""
+    lengths = torch.arange(1, 5)
+    rollouts = Rollouts(
+        tokens=torch.arange(14), prompt_lengths=torch.ones(4, dtype=torch.int64), response_lengths=lengths,
+        rollout_logprobs=-torch.arange(10) / 10, finished=torch.tensor([True, True, True, False]),
+    )  # fmt: skip
+    matrix = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    return Groups([5, 2], rollouts, Rewards(matrix, torch.zeros(2, 2, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_rewards_are_shaped_by_length_and_divergence(kl_in):
+    batch, g = two_groups(), torch.Generator().manual_seed(1)
+    old, ref = (-torch.rand(10, generator=g, dtype=torch.float64) for _ in range(2))
+    config = TrainConfig(
+        rollout=RolloutConfig(max_response_tokens=4),
+        rewards=RewardConfig(overlong_buffer_tokens=2, overlong_penalty=0.5),
+        loss=PolicyLossConfig(kl_coefficient=0.1, kl_estimator="k1", kl_in=kl_in),
+    )
+    expected = [1.0, 0.0, 0.0 - 0.25, 1.0 - 0.5]
+    if kl_in == "reward":
+        spans = [(0, 1), (1, 3), (3, 6), (6, 10)]
+        expected = [e - 0.1 * float((old - ref)[a:b].sum()) for e, (a, b) in zip(expected, spans, strict=True)]
+    shaped = trainer(config).shape(batch, TokenInputs(old_logprobs=old, ref_logprobs=ref))
+    assert shaped.flatten().tolist() == pytest.approx(expected, abs=1e-12)
+    assert batch.rewards.matrix.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("difference", "limit", "raises"), [(0.5, 0.0, False), (0.5, 0.6, False), (0.5, 0.4, True)])
+def test_mismatch_beyond_the_threshold_ends_the_run(difference, limit, raises):
+    one = trainer(TrainConfig(mismatch=MismatchConfig(abort_above=limit)))
+    rollouts = two_groups().rollouts
+    if not raises:
+        metrics = one.measure_mismatch(rollouts, rollouts.rollout_logprobs + difference)
+        assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.5)
+        return
+    with pytest.raises(RunError, match=r"step 3: .* differ by 0.5 nats a token .*abort_above = 0.4; .* or raise"):
+        one.measure_mismatch(rollouts, rollouts.rollout_logprobs + difference)
+    with pytest.raises(RunError, match="differ by nan"):
+        one.measure_mismatch(rollouts, rollouts.rollout_logprobs * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("mini_batches", "changes", "num_passes"),
+    [
+        (1, {}, 0),
+        (2, {}, 1),
+        (1, {"mismatch": MismatchConfig(correction="tis")}, 1),
+        (1, {"loss": PolicyLossConfig(kind="kl_cov")}, 1),
+        (1, {"loss": PolicyLossConfig(kl_coefficient=0.1)}, 1),
+        (1, {"loss": PolicyLossConfig(kl_coefficient=0.1, kl_in="reward")}, 2),
+    ],
+)
+def test_forward_passes_are_made_only_where_needed(mini_batches, changes, num_passes):
+    rollouts, passes = two_groups().rollouts, []
+
+    def logprobs(rollouts: Rollouts, temperature: float) -> torch.Tensor:
+        passes.append(temperature)
+        return rollouts.rollout_logprobs.clone()
+
+    config = TrainConfig(**changes)
+    config = replace(config, actor=replace(config.actor, mini_batches=mini_batches))
+    one = trainer(
+        config,
+        actor=SimpleNamespace(logprobs=logprobs),
+        observer=SimpleNamespace(phase=lambda name: torch.no_grad()),
+        reference=SimpleNamespace(in_place=torch.no_grad) if config.loss.kl_coefficient else None,
+    )
+    tokens, mismatch = one.score_tokens(rollouts)
+    assert passes == [1.0] * num_passes
+    assert (tokens.ref_logprobs is not None) == bool(config.loss.kl_coefficient)
+    assert ("mismatch/k3" in mismatch) == (tokens.old_logprobs is not None)
+
+
+def test_sample_rows_show_both_rewards():
+    batch = two_groups()
+    one = trainer(
+        TrainConfig(),
+        tokenizer=DigitTokenizer(),
+        train_set=EncodedQuestions([[]] * 6, [f"problem {i}" for i in range(6)], [str(i) for i in range(6)]),
+    )
+    rows = one.sample_rows(batch, batch.rewards.matrix - 0.5, torch.arange(4.0).view(2, 2), num=9)
+    assert [row["problem"] for row in rows] == ["problem 5", "problem 5", "problem 2", "problem 2"]
+    assert [(row["reward"], row["shaped_reward"]) for row in rows] == [(1, 0.5), (0, -0.5), (0, -0.5), (1, 0.5)]
+    assert [row["advantage"] for row in rows] == [0, 1, 2, 3]
+    assert [row["response"] for row in rows] == ["1", "3", "6", "10"]
+    assert len(one.sample_rows(batch, batch.rewards.matrix, torch.zeros(2, 2), num=1)) == 2
