@@ -81,7 +81,8 @@ def without_signal(metrics: dict[str, float], config: AlgorithmConfig) -> str | 
         return None
     questions = "harder questions" if metrics["reward/solve_all"] > metrics["reward/solve_none"] else "easier questions"
     has_bundles = "bundle_size" in ESTIMATORS[config.estimator].options
-    remedy = "smaller bundles, or a larger algorithm.beta" if has_bundles else "or larger groups"
+    # Sparse rewards: all scores at or below q_beta are 0, of which a larger bundle has fewer.
+    remedy = "larger bundles, or a larger algorithm.beta" if has_bundles else "or larger groups"
     return (
         f"all advantages are 0, nothing to learn (mean reward {metrics['reward/mean']:.3f}, "
         f"q_beta {metrics['risk/q_beta']:g}); use {questions}, {remedy}"

@@ -112,5 +112,5 @@ def test_a_step_without_signal_is_said(estimator, reward, questions):
         return
     assert complaint is not None
     assert f"use {questions}" in complaint
-    assert ("smaller bundles" in complaint) == bundles
+    assert ("larger bundles" in complaint) == bundles
     assert ("larger groups" in complaint) != bundles

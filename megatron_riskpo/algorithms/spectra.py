@@ -124,17 +124,19 @@ def rule_weights(
 
     Exact: F is constant between atoms, so psi is linear there. Below the lowest atom its slope is phi(0).
     """
+    if scores.num_rows == 1 and values.size(0) > 1:
+        # One row of values as well: the pooled atoms are too many for a copy a group.
+        return rule_weights(values.reshape(1, -1), scores, density).view(values.shape)
     atoms = scores.atoms
     # Above the last atom that has mass psi is 0.
     slopes = torch.where(scores.cdf < 1, density(scores.cdf.clamp(max=1.0)), 0.0)
     gaps = atoms.diff(dim=1, append=atoms[:, -1:])
     at_atoms = -(slopes * gaps).flip(1).cumsum(1).flip(1)
-    num_rows = values.size(0)
     first_slope = density(torch.zeros(1, dtype=torch.float64))
-    slopes = torch.cat([first_slope.expand(slopes.size(0), 1), slopes], dim=1).expand(num_rows, -1)
-    starts = torch.cat([atoms[:, :1], atoms], dim=1).expand(num_rows, -1)
-    at_starts = torch.cat([at_atoms[:, :1], at_atoms], dim=1).expand(num_rows, -1)
-    interval = torch.searchsorted(atoms.expand(num_rows, -1).contiguous(), values.contiguous(), right=True)
+    slopes = torch.cat([first_slope.expand(len(slopes), 1), slopes], dim=1)
+    starts = torch.cat([atoms[:, :1], atoms], dim=1)
+    at_starts = torch.cat([at_atoms[:, :1], at_atoms], dim=1)
+    interval = torch.searchsorted(atoms.contiguous(), values.contiguous(), right=True)
     return at_starts.gather(1, interval) + slopes.gather(1, interval) * (values - starts.gather(1, interval))
 
 

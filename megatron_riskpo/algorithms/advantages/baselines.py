@@ -1,8 +1,10 @@
 """Constants taken off risk weights, and their scale."""
 
 import math
+from functools import reduce
 from typing import Literal
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -54,5 +56,6 @@ def scale_advantages(
 
 
 def _exact_mean(values: Tensor) -> float:
-    # fsum is correctly rounded: the same bits whatever the number of threads a rank adds with.
-    return math.fsum(values.flatten().tolist()) / values.numel()
+    # One addition after the other, and fsum, which is correctly rounded: the same bits whatever the number of threads a
+    # rank adds with.
+    return math.fsum(reduce(torch.add, values.unbind(1)).tolist()) / values.numel()
