@@ -110,15 +110,32 @@ class ActorConfig:
     tp: int = 1
     """Tensor-parallel size."""
     pp: int = 1
-    """Pipeline-parallel size; the data-parallel size is world_size / (tp * pp)."""
+    """Pipeline-parallel size; the data-parallel size is world_size / (tp * cp * pp)."""
+    vp: int = 1
+    """Virtual pipeline stages a rank: the interleaved schedule, with smaller bubbles and more messages (needs
+    pp > 1)."""
+    first_stage_layers: int = 0
+    """Layers of the first pipeline stage, which has the embedding too; 0: as many as the others."""
+    last_stage_layers: int = 0
+    """Layers of the last pipeline stage, which has the output layer too; 0: as many as the others."""
+    cp: int = 1
+    """Context-parallel size: ranks that split each sequence (its length is filled up to a multiple of 2 * cp)."""
+    ep: int = 1
+    """Expert-parallel size (mixture of experts): ranks that deal the experts out. It takes no ranks of its own, but
+    those of tp, cp and data parallelism together."""
     sequence_parallel: bool = False
     """Split activations along the sequence outside the tensor-parallel regions (needs tp > 1)."""
     mini_batches: int = 1
     """Optimizer steps an RL step; the responses are split evenly, whole groups together."""
     micro_batch_tokens: int = 8192
     """Packed tokens a micro-batch holds at most (one longer sequence still goes alone)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again: none; the core attention's; or all but the input of each
+    layer."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over data-parallel ranks."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state (main weights and moments) in host memory but during its step."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _build(
         raise UsageError(shortage)
     actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
     # Now: the actor's weights are those of model.path only until a checkpoint is loaded.
-    reference = ReferenceWeights(actor.module) if config.loss.kl_coefficient else None
+    reference = ReferenceWeights(torch.nn.ModuleList(actor.chunks)) if config.loss.kl_coefficient else None
     engine = _build_engine(config, actor, grid)
     stack.callback(engine.close)
     pool = GraderPool(MATH_GRADER, config.rewards.workers, config.rewards.timeout_s)
@@ -120,7 +120,7 @@ def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid) -> Any:
     if config.rollout.engine == "megatron":
         from megatron_riskpo.rollout.megatron_engine import MegatronEngine
 
-        return MegatronEngine(actor.module, grid, max_length, config.rollout.max_num_seqs)
+        return MegatronEngine(actor.chunks[0], grid, max_length, config.rollout.max_num_seqs)
     from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(

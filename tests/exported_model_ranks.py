@@ -22,7 +22,7 @@ def score_rollouts_of_trained_actor(folder: Path) -> dict[str, Any]:
     """The trained actor from its last checkpoint, its weights pushed into vLLM, and 20 rollouts scored by both."""
     run_dir = folder.parent / "runs" / "vllm-whole"
     base = folder.parent / "runs" / "base" / "hf"
-    grid = build_grid(tp_size=2, pp_size=1, seed=0)
+    grid = build_grid(ActorConfig(tp=2), seed=0)
     actor = Actor.from_hf(base, ActorConfig(tp=2), OptimizerConfig(), torch.float32, grid)
     checkpoint = agree_on_latest(run_dir / "checkpoints", dist.group.WORLD)
     state = load_checkpoint(checkpoint, actor)

@@ -1,17 +1,54 @@
-"""Random tiny Qwen2 checkpoints in Hugging Face form, and their log-probs by transformers."""
+"""Random tiny checkpoints of every model family in Hugging Face form, and their log-probs by transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VOCAB_SIZE = 96
 
+_LLAMA3_ROPE = {
+    # Short contexts, so that of 16 frequencies some stay, some are slowed and some lie between.
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    "llama": (LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
+    "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": None}),
+}
+"""By model_type: transformers' configuration, and what the family has of its own."""
 
-def make_tiny_qwen2(
+
+def make_tiny(
     folder: Path,
+    family: str,
     *,
     tied: bool,
     seed: int,
@@ -20,10 +57,12 @@ def make_tiny_qwen2(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     vocab_size: int = VOCAB_SIZE,
+    **options: Any,
 ) -> Path:
-    """Write config.json and model.safetensors (float32) of a random model whose next-token distributions are
-    far from flat; returns the folder. Head dimension 32 is the smallest that vLLM's CPU attention has."""
-    config = Qwen2Config(
+    """Write config.json and safetensors (float32) of a random model whose next-token distributions are far from flat;
+    returns the folder. `options` go to transformers' configuration."""
+    config_class, own = FAMILIES[family]
+    config = config_class(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -35,15 +74,22 @@ def make_tiny_qwen2(
         bos_token_id=None,
         eos_token_id=1,
         dtype="float32",
+        **{**own, **options},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             # Norm weights and biases too: a mix-up of two equal tensors would not show.
             torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def make_tiny_qwen2(folder: Path, *, tied: bool, seed: int, **sizes: int) -> Path:
+    """`make_tiny` of the family that most tests take. Head dimension 32 is the smallest that vLLM's CPU attention
+    has."""
+    return make_tiny(folder, "qwen2", tied=tied, seed=seed, **sizes)
 
 
 def load_hf(folder: Path) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from megatron_riskpo.actor.model import PolicyModel, build_policy_model
 from megatron_riskpo.actor.optimizer import build_optimizer, learning_rate, set_learning_rate
+from megatron_riskpo.actor.optimizer_offload import OffloadedState
 from megatron_riskpo.actor.packing import MicroBatch, plan_micro_batches
 from megatron_riskpo.actor.passes import MicroBatchLoss, gather_logprobs, run_passes, sum_metrics
+from megatron_riskpo.actor.sequence_split import SequenceSplit
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.covariance import covariant_tokens
 from megatron_riskpo.algorithms.policy_loss import loss_normalizer, policy_loss
@@ -59,25 +62,17 @@ class Actor:
         self.optimizer_config = optimizer
         self.grid = grid
         self.family, self.shape = family_of(hf_config), shape_of(hf_config)
-        self.module: PolicyModel = build_policy_model(hf_config, config, dtype, grid)
-        self.module.to(grid.device)
+        self.chunks = build_policy_model(hf_config, config, dtype, grid)
+        for chunk in self.chunks:
+            chunk.to(grid.device)
         if model_dir is not None:
-            load_hf_weights(self.module, model_dir, self.family, self.shape, grid.tp.rank(), grid.tp.size())
-        transformer = self.module.config
-        wrapped = Float16Module(transformer, self.module) if dtype == torch.bfloat16 else self.module
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed_optimizer
-        )
-        self.model = DistributedDataParallel(transformer, ddp, wrapped)
-        self.model.broadcast_params()
-        self.optimizer = build_optimizer(self.model, optimizer, dtype, config.distributed_optimizer)
-        transformer.grad_scale_func = self.optimizer.scale_loss
-        # Contributions are normalised already, so gradients are summed: no division by a number of tokens.
-        transformer.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
-            model, None, **kwargs
-        )
+            load_hf_weights(self.chunks, model_dir, self.family, self.shape, grid.tp.rank(), grid.tp.size())
+        self.model = wrap_for_training(self.chunks, config, dtype)
+        self.optimizer = build_optimizer(self.model, optimizer, config, dtype)
+        self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
+        self._offloaded = OffloadedState(self.optimizer) if config.offload_optimizer else None
         self.num_optimizer_steps = 0
-        self._export_plan = plan_export(self.module, self.family, self.shape, grid)
+        self._export_plan = plan_export(self.chunks, self.family, self.shape, grid)
 
     @classmethod
     def from_hf(cls, model_dir: str | Path, config: ActorConfig, optimizer: OptimizerConfig, dtype: torch.dtype,
@@ -89,9 +84,11 @@ class Actor:
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Tensor:
         """float32 [num_response_tokens]: log-prob of each response token, on every rank."""
         plan = self._plan(rollouts)
-        self.model.eval()
+        for chunk in self.model:
+            chunk.eval()
         results = self._run(rollouts, plan, temperature, loss=None)
-        self.model.train()
+        for chunk in self.model:
+            chunk.train()
         return gather_logprobs([r["logprobs"] for r in results], plan, rollouts, self.grid)
 
     def update(
@@ -125,13 +122,15 @@ class Actor:
     ) -> tuple[Tensor, dict[str, float]]:
         """One optimizer step on a mini-batch: its log-probs before the step, and its metrics."""
         plan = self._plan(rollouts)
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(rollouts, plan, temperature, loss)
         set_learning_rate(
             self.optimizer, learning_rate(self.optimizer_config, self.num_optimizer_steps, num_optimizer_steps_total)
         )
-        _, grad_norm, _ = cast(tuple, self.optimizer.step())
+        with self.optimizer_state():
+            _, grad_norm, _ = cast(tuple, self.optimizer.step())
         if not math.isfinite(grad_norm):
             raise RunError(
                 f"gradient norm is {grad_norm} at optimizer step {self.num_optimizer_steps}; the last checkpoint is "
@@ -141,9 +140,13 @@ class Actor:
         logprobs = gather_logprobs([r.pop("logprobs") for r in results], plan, rollouts, self.grid)
         return logprobs, sum_metrics(results, self.grid) | {"actor/grad_norm": float(grad_norm)}
 
+    def optimizer_state(self) -> AbstractContextManager[None]:
+        """What has to be around every use of the optimizer's state: an offloaded one is on the device in the body."""
+        return self._offloaded.on_device() if self._offloaded is not None else nullcontext()
+
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) pairs, on every rank; exhaust it, the gathers are collective."""
-        return export_weights(self.module, self._export_plan, self.shape, self.grid)
+        return export_weights(self.chunks, self._export_plan, self.shape, self.grid)
 
     def save_hf(self, target: str | Path, add_files: Callable[[Path], None]) -> None:
         """Write a Hugging Face folder; `add_files` puts the tokenizer into it (on the writing rank)."""
@@ -156,9 +159,40 @@ class Actor:
         self, rollouts: Rollouts, plan: Sequence[Sequence[Sequence[int]]], temperature: float,
         loss: MicroBatchLoss | None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        pad_to_multiple = self.grid.tp.size() if self.config.sequence_parallel else 1
+        split = SequenceSplit(
+            self.grid.cp.size(),
+            self.grid.cp.rank(),
+            self.grid.tp.size() if self.config.sequence_parallel else 1,
+        )
         micro_batches = plan[self.grid.dp.rank()]
-        return run_passes(self.model, rollouts, micro_batches, temperature, pad_to_multiple, self.grid.device, loss)
+        return run_passes(self.model, rollouts, micro_batches, temperature, split, self.grid.device, loss)
+
+
+def wrap_for_training(
+    chunks: Sequence[PolicyModel], config: ActorConfig, dtype: torch.dtype
+) -> list[DistributedDataParallel]:
+    """Each chunk with Megatron's gradient buffers, gradients summed over the ranks that hold the same weights."""
+    transformer = chunks[0].config
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed_optimizer
+    )
+    model = [
+        DistributedDataParallel(
+            transformer,
+            ddp,
+            Float16Module(transformer, chunk) if dtype == torch.bfloat16 else chunk,
+            # As Megatron does: only the first chunk's gradients can be reduced while others still compute.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in model:
+        chunk.broadcast_params()
+    # Contributions are normalised already, so gradients are summed: no division by a number of tokens.
+    transformer.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
+        model, None, **kwargs
+    )
+    return model
 
 
 def policy_micro_loss(

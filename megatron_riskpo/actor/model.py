@@ -1,18 +1,21 @@
 """The policy: Megatron's GPTModel that can give log-probs and entropy of chosen tokens instead of logits."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_riskpo.actor.logprobs import vocab_parallel_logprobs
-from megatron_riskpo.actor.model_config import rope_base, transformer_config
+from megatron_riskpo.actor.model_config import transformer_config
 from megatron_riskpo.actor.packing import MicroBatch
+from megatron_riskpo.actor.rotary import rotary_frequencies
 from megatron_riskpo.actor.specs import block_spec
 from megatron_riskpo.checkpoint.weight_map import shape_of
 from megatron_riskpo.checkpoint.weight_map.base import padded_vocab_size
@@ -25,9 +28,14 @@ class Scoring:
     """Asks the model for the log-probs of a micro-batch's targets."""
 
     predictor: Tensor
-    """int64 [n]: positions in the pack."""
+    """int64 [m]: places among this rank's tokens."""
     targets: Tensor
-    """int64 [n]: token ids."""
+    """int64 [m]: token ids."""
+    slots: Tensor
+    """int64 [m]: which of the n targets of the micro-batch these are; under context parallelism other ranks have the
+    others."""
+    num_targets: int
+    """n."""
     temperature: float
 
 
@@ -77,28 +85,60 @@ class PolicyModel(GPTModel):
         logprobs, entropy = vocab_parallel_logprobs(
             logits[:, :num_real], scoring.targets, first_id, scoring.temperature, self.pg_collection.tp
         )
-        return torch.stack([logprobs, entropy])
+        return self._join_context(torch.stack([logprobs, entropy]), scoring)
+
+    def _join_context(self, scores: Tensor, scoring: Scoring) -> Tensor:
+        """[2, m] of this rank's targets -> [2, n] of all, on every context-parallel rank.
+
+        Every one of them then computes the whole loss; the way back hands each the gradient of its own targets.
+        """
+        cp = self.pg_collection.cp
+        if cp.size() == 1:
+            return scores
+        joined = scores.new_zeros(2, scoring.num_targets).index_copy(1, scoring.slots, scores)
+        return reduce_from_tensor_model_parallel_region(joined, group=cp)
 
 
 def build_policy_model(
     hf_config: dict[str, Any], actor: ActorConfig, dtype: torch.dtype, grid: RankGrid
-) -> PolicyModel:
-    """This rank's part of the model, with Megatron's random initial weights."""
+) -> list[PolicyModel]:
+    """This rank's part of the model, one module a virtual pipeline stage, with Megatron's random initial weights."""
     shape = shape_of(hf_config)
     config = transformer_config(hf_config, actor, dtype)
-    return PolicyModel(
-        config=config,
-        transformer_layer_spec=block_spec(config, grid.pp.rank()),  # type: ignore[arg-type]
-        vocab_size=padded_vocab_size(shape.vocab_size, actor.tp),
-        max_sequence_length=hf_config["max_position_embeddings"],
-        pre_process=grid.is_first_stage,
-        post_process=grid.is_last_stage,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=rope_base(hf_config),  # type: ignore[arg-type]
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        real_vocab_size=shape.vocab_size,
-    )
+    frequencies = rotary_frequencies(hf_config, shape.head_dim)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    chunks = []
+    for chunk in range(actor.vp):
+        vp_stage = chunk if actor.vp > 1 else None
+        model = PolicyModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, grid.pp.rank(), vp_stage),  # type: ignore[arg-type]
+            vocab_size=padded_vocab_size(shape.vocab_size, actor.tp),
+            max_sequence_length=hf_config["max_position_embeddings"],
+            pre_process=grid.is_first_stage and chunk == 0,
+            post_process=grid.is_last_stage and chunk == actor.vp - 1,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            pg_collection=groups,
+            vp_stage=vp_stage,
+            real_vocab_size=shape.vocab_size,
+        )
+        # Megatron knows fewer ways to scale them than config.json does.
+        model.rotary_pos_emb.inv_freq = frequencies.to(grid.device)
+        _reduce_over_experts(model)
+        chunks.append(model)
+    return chunks
+
+
+def _reduce_over_experts(model: PolicyModel) -> None:
+    """Let the gradients of experts be summed over the ranks that hold the same expert.
+
+    Megatron marks them so only where expert_model_parallel_size > 1. But experts are never split here, so with tensor
+    parallelism alone its ranks hold the same experts too, and see different tokens.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -> Tensor:
@@ -108,7 +148,7 @@ def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -
         batch.position_ids,
         None,
         packed_seq_params=batch.packed,
-        scoring=Scoring(batch.predictor, batch.targets, temperature),
+        scoring=Scoring(batch.predictor, batch.targets, batch.slots, int(batch.response_lengths.sum()), temperature),
     )
 
 
@@ -116,16 +156,33 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")
 
 
-def named_parameters(model: PolicyModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters under the names of the weight tables: layers counted over the whole model, and
-    TransformerEngine's fused norms called as the local modules call them."""
-    for name, parameter in model.named_parameters():
-        if ".layers." in name:
-            prefix, _, rest = name.partition(".layers.")
-            index, _, rest = rest.partition(".")
-            layer = cast(TransformerLayer, model.decoder.layers[int(index)]).layer_number - 1
-            rest = _FUSED_NORMS.get(rest, rest)
-            name = f"{prefix}.layers.{layer}.{rest}"
-        yield name, parameter
+def named_parameters(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters under the names of the weight tables: layers and experts counted over the whole model,
+    and TransformerEngine's fused norms and grouped experts called as the local modules call them."""
+    for model in chunks:
+        for name, parameter in model.named_parameters():
+            yield _table_name(model, name), parameter
+
+
+def _table_name(model: PolicyModel, name: str) -> str:
+    if ".layers." not in name:
+        return name
+    prefix, _, rest = name.partition(".layers.")
+    index, _, rest = rest.partition(".")
+    layer = cast(TransformerLayer, model.decoder.layers[int(index)]).layer_number - 1
+    rest = _FUSED_NORMS.get(rest, rest)
+    if match := _LOCAL_EXPERT.fullmatch(rest):
+        rest = _expert_name(model, int(match[1]), match[2])
+    elif match := _GROUPED_EXPERT.fullmatch(rest):
+        rest = _expert_name(model, int(match[2]), match[1])
+    return f"{prefix}.layers.{layer}.{rest}"
+
+
+def _expert_name(model: PolicyModel, local: int, weight: str) -> str:
+    config = model.config
+    num_local = cast(int, config.num_moe_experts) // config.expert_model_parallel_size
+    return f"mlp.experts.local_experts.{model.pg_collection.ep.rank() * num_local + local}.{weight}"

@@ -1,35 +1,34 @@
 """From a Hugging Face config.json to Megatron's TransformerConfig."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_riskpo.actor.rotary import rotary_frequencies
+from megatron_riskpo.actor.specs import use_transformer_engine
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.errors import UsageError
 
 
-def rope_base(hf_config: dict[str, Any]) -> float:
-    """Base of the rotary frequencies; transformers 5 writes it in rope_parameters, earlier ones beside."""
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UsageError(f"config.json: rope_type {kind!r} is not supported for this model type; only 'default' is")
-    return float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
-
-
-def transformer_config(hf_config: dict[str, Any], actor: ActorConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's description of the model under this run's layout.
-
-    Raises UsageError for what the family's Megatron form would silently compute differently.
-    """
+def check_architecture(hf_config: Mapping[str, Any]) -> None:
+    """Raise UsageError for what the family's Megatron form would silently compute differently."""
     family, shape = family_of(hf_config), shape_of(hf_config)
     if hf_config.get("hidden_act", "silu") != "silu":
         raise UsageError(f"config.json: hidden_act {hf_config['hidden_act']!r} is not supported; only 'silu' is")
-    if hf_config.get("use_sliding_window"):
-        raise UsageError("config.json: use_sliding_window is not supported; set it to false")
+    message = family.refusal(hf_config)
+    if message:
+        raise UsageError(message)
+    rotary_frequencies(hf_config, shape.head_dim)
+
+
+def transformer_config(hf_config: dict[str, Any], actor: ActorConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's description of the model under this run's layout; UsageError for a model that it cannot compute."""
+    check_architecture(hf_config)
+    family, shape = family_of(hf_config), shape_of(hf_config)
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -40,19 +39,13 @@ def transformer_config(hf_config: dict[str, Any], actor: ActorConfig, dtype: tor
         ffn_hidden_size=hf_config["intermediate_size"],
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.get("rms_norm_eps", 1e-6),
+        add_bias_linear=False,
+        gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=hf_config.get("initializer_range", 0.02),
-        tensor_model_parallel_size=actor.tp,
-        pipeline_model_parallel_size=actor.pp,
-        sequence_parallel=actor.sequence_parallel,
-        # Packed micro-batches differ in length, so pipeline stages have to tell each other the shapes.
-        variable_seq_lengths=actor.pp > 1,
-        # Not used by a dense model, but Megatron checks it against variable_seq_lengths all the same.
-        moe_token_dispatcher_type="alltoall",
         params_dtype=dtype,
-        pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         attention_softmax_in_fp32=True,
         # The loss arrives normalised over the global mini-batch: gradients are summed, never averaged.
@@ -65,5 +58,39 @@ def transformer_config(hf_config: dict[str, Any], actor: ActorConfig, dtype: tor
         apply_rope_fusion=False,
         persist_layer_norm=on_gpu,
         gradient_accumulation_fusion=False,
-        **family.transformer_options,  # type: ignore[arg-type]
+        moe_grouped_gemm=use_transformer_engine() and shape.num_experts > 0,
+        **_layout_options(actor, dtype),
+        **_RECOMPUTE[actor.recompute],
+        **family.transformer_options(hf_config),
     )
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _layout_options(actor: ActorConfig, dtype: torch.dtype) -> dict[str, Any]:
+    interleaved = actor.vp > 1
+    return {
+        "tensor_model_parallel_size": actor.tp,
+        "pipeline_model_parallel_size": actor.pp,
+        "virtual_pipeline_model_parallel_size": actor.vp if interleaved else None,
+        # Interleaved stages exchange several tensors with the same peer. Put into one batch, gloo matches them in
+        # another order and gradients are silently wrong; sent one by one they are right.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "num_layers_in_first_pipeline_stage": actor.first_stage_layers or None,
+        "num_layers_in_last_pipeline_stage": actor.last_stage_layers or None,
+        "context_parallel_size": actor.cp,
+        "expert_model_parallel_size": actor.ep,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": actor.sequence_parallel,
+        # Packed micro-batches differ in length, so pipeline stages have to tell each other the shapes.
+        "variable_seq_lengths": actor.pp > 1,
+        # Dropless; what Megatron asks for beside variable_seq_lengths, of dense models too.
+        "moe_token_dispatcher_type": "alltoall",
+        "pipeline_dtype": dtype,
+    }

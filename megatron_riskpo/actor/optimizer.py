@@ -6,7 +6,7 @@ AdamW's `step` in checkpoints, in three ways; each is mended here, and nothing i
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_riskpo.config import OptimizerConfig
+from megatron_riskpo.config import ActorConfig, OptimizerConfig
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: OptimizerConfig, dtype: torch.dtype, distributed: bool
+    model: Sequence[DistributedDataParallel], config: OptimizerConfig, actor: ActorConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """AdamW with float32 main weights; its state sharded over data-parallel ranks if `distributed`."""
+    """AdamW with float32 main weights; its state sharded over data-parallel ranks by the distributed optimizer."""
     _let_load_pass_step_through()
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -35,9 +35,9 @@ def build_optimizer(
             clip_grad=config.clip_grad or math.inf,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=distributed,
+            use_distributed_optimizer=actor.distributed_optimizer,
         ),
-        [model],
+        list(model),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_riskpo.actor.model import score_micro_batch
 from megatron_riskpo.actor.packing import MicroBatch, pack
+from megatron_riskpo.actor.sequence_split import SequenceSplit
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.rollout.types import Rollouts
 
@@ -25,10 +26,10 @@ MicroBatchLoss = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, 
 
 
 def run_passes(
-    model: nn.Module, rollouts: Rollouts, micro_batches: Sequence[Sequence[int]], temperature: float,
-    pad_to_multiple: int, device: torch.device, loss: MicroBatchLoss | None,
+    model: Sequence[nn.Module], rollouts: Rollouts, micro_batches: Sequence[Sequence[int]], temperature: float,
+    split: SequenceSplit, device: torch.device, loss: MicroBatchLoss | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Forward (and, with a loss, backward) over this rank's micro-batches.
+    """Forward (and, with a loss, backward) over this rank's micro-batches; `model`: its virtual pipeline stages.
 
     Returns one dict a micro-batch on the last pipeline stage (nothing on others): `logprobs` float32 [n], detached,
     and the loss's metrics.
@@ -48,11 +49,12 @@ def run_passes(
 
         return output, loss_function
 
-    batches = [pack(rollouts, rows, pad_to_multiple, device) for rows in micro_batches]
+    batches = [pack(rollouts, rows, split, device) for rows in micro_batches]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=model,
+        # Every virtual stage goes through all micro-batches.
+        data_iterator=[iter(batches) for _ in model],
+        model=list(model),
         num_microbatches=len(batches),
         seq_length=max(batch.input_ids.numel() for batch in batches),
         micro_batch_size=1,

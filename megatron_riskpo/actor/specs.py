@@ -20,17 +20,19 @@ def use_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage."""
+def block_spec(config: TransformerConfig, pp_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage (with virtual stages, of one of its chunks)."""
     if use_transformer_engine():
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, pp_rank=pp_rank)
-    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, pp_rank=pp_rank, vp_stage=vp_stage)
+    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[_local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
 
 
 def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Megatron's local layer with our core attention (packed sequences) and norm (sequence parallelism)."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer = cast(TransformerLayerSubmodules, spec.submodules)
     attention: Any = layer.self_attention.submodules
     attention.core_attention = SDPACoreAttention

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class HfReader:
 
 @torch.no_grad()
 def load_hf_weights(
-    model: PolicyModel, model_dir: str | Path, family: Family, shape: ModelShape, tp_rank: int, tp_size: int
+    chunks: Sequence[PolicyModel], model_dir: str | Path, family: Family, shape: ModelShape, tp_rank: int, tp_size: int
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder.
 
@@ -64,7 +64,7 @@ def load_hf_weights(
         # With pipeline stages a tied model keeps a copy of the embedding in its last stage.
         rules["output_layer.weight"] = rules["embedding.word_embeddings.weight"]
     _refuse_unknown(reader, rules.values(), shape)
-    for name, parameter in named_parameters(model):
+    for name, parameter in named_parameters(chunks):
         rule = rules[name]
         num_rows = padded_vocab_size(shape.vocab_size, tp_size) if rule.is_vocab else None
         pieces = [reader.read(hf, rule.shard_dim, tp_rank, tp_size, num_rows) for hf in rule.hf]

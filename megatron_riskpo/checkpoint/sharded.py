@@ -46,19 +46,22 @@ class Parts:
 
 def _state(actor: Actor, is_loading: bool) -> dict[str, Any]:
     # singleton_local_shards=False: fused tensors (gate and up) are one tensor, cut as the weight itself is.
-    metadata: dict[str, Any] = {"singleton_local_shards": False, "dp_cp_group": actor.grid.dp}
+    metadata: dict[str, Any] = {"singleton_local_shards": False, "dp_cp_group": actor.grid.dp_cp}
     if actor.config.distributed_optimizer:
         # The one kind that other layouts can load: optimizer state in the shapes of the parameters.
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
     # Megatron takes AdamW's state for granted, torch makes it at the first step.
     allocate_state(actor.optimizer)
-    model = actor.module.sharded_state_dict(metadata=metadata)
+    model = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(actor.chunks)}
     optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
 
 def collect_parts(actor: Actor) -> Parts:
-    """Plan a save; collective (a distributed optimizer gathers its state to the first data-parallel rank)."""
+    """Plan a save; collective (a distributed optimizer gathers its state to the first data-parallel rank).
+
+    Call it, and write, inside `actor.optimizer_state()`.
+    """
     sharded, common = save_preprocess(_state(actor, is_loading=False))
     own = sum(
         piece.data.numel() * piece.data.element_size()
@@ -103,6 +106,7 @@ def load_sharded(folder: Path, actor: Actor) -> None:
         reason = str(error).strip().splitlines()[-1]
         raise RunError(f"{folder} does not fit this actor: {reason}; resume with the settings it was saved with, "
                        "or choose another run.name") from error  # fmt: skip
-    actor.module.load_state_dict(loaded["model"])
+    for index, chunk in enumerate(actor.chunks):
+        chunk.load_state_dict(loaded["model"][f"model{index}"])
     actor.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(actor.optimizer)

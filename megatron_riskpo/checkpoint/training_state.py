@@ -63,8 +63,13 @@ def save_checkpoint(folder: Path, step: int, actor: Actor, state: dict[str, Any]
     Raises RunError on every rank if the write fails on one; earlier checkpoints are then as they were.
     """
     document = json.dumps({"step": step, "num_optimizer_steps": actor.num_optimizer_steps, "trainer": state})
-    parts = collect_parts(actor)
     partial = folder / f"step_{step}{PARTIAL_SUFFIX}"
+    with actor.optimizer_state():
+        return _save(partial, document, step, actor, keep)
+
+
+def _save(partial: Path, document: str, step: int, actor: Actor, keep: int) -> Path:
+    parts = collect_parts(actor)
     try:
         _write_parts(partial, parts, document, actor)
         _seal(partial, step, actor)
@@ -100,7 +105,8 @@ def load_checkpoint(path: Path, actor: Actor) -> dict[str, Any]:
     except DamagedCheckpointError as error:
         raise RunError(f"checkpoint {path} is damaged: {error}; delete it, and an earlier one is used") from error
     _check_fit(path, manifest.content, _content(actor))
-    load_sharded(path / SHARDED, actor)
+    with actor.optimizer_state():
+        load_sharded(path / SHARDED, actor)
     if manifest.layout == _layout(actor):
         set_rng_state(torch.load(path / f"rng_{grid.rank}.pt", weights_only=True))
     elif grid.rank == 0:
@@ -213,12 +219,12 @@ def _from_first(value: Any, group: ProcessGroup) -> Any:
 
 
 def _layout(actor: Actor) -> dict[str, int]:
-    grid = actor.grid
-    return {"tp": grid.tp.size(), "pp": grid.pp.size(), "dp": grid.dp.size()}
+    sizes = {name: getattr(actor.config, name) for name in ("tp", "pp", "vp", "cp", "ep")}
+    return sizes | {"dp": actor.grid.dp.size()}
 
 
 def _content(actor: Actor) -> dict[str, Any]:
-    transformer = actor.module.config
+    transformer = actor.chunks[0].config
     return asdict(actor.shape) | {
         "hidden_size": transformer.hidden_size,
         "intermediate_size": transformer.ffn_hidden_size,

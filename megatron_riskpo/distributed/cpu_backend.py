@@ -47,6 +47,9 @@ class NullStream:
 
     def record(self, *args: Any) -> None: ...
 
+    def record_event(self, *args: Any) -> "NullStream":
+        return self
+
     def wait(self, *args: Any) -> None: ...
 
     def query(self) -> bool:
@@ -153,6 +156,20 @@ def _adapt_rng(random: Any) -> None:
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
+def _adapt_experts(moe_utils: Any) -> None:
+    # Without TransformerEngine the name is never bound (megatron-core 0.16.1), and the router asks for it.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    @functools.wraps(move)
+    def move_or_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # A tensor that is on the CPU already was meant to be a numpy array too: split sizes have to be a list.
+        moved = move(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    moe_utils.maybe_move_tensor_to_cpu = move_or_convert
+
+
 def _adapt(module: Any, torch_proxy: types.ModuleType) -> None:
     """Adapt one megatron.core module whose body has just run."""
     if vars(module).get("torch") is torch:
@@ -162,6 +179,8 @@ def _adapt(module: Any, torch_proxy: types.ModuleType) -> None:
             _adapt_rng(module)
         case "pipeline_parallel.schedules":
             _refuse_batched_interleaving(module)
+        case "transformer.moe.moe_utils":
+            _adapt_experts(module)
         case "optimizer.distrib_optimizer":
             _with_cuda_type_strings(module.DistributedOptimizer, "_build_model_and_main_param_groups")
             _with_cuda_type_strings(module.DistributedOptimizer, "__init__")

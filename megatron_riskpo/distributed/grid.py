@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_riskpo.config import ActorConfig
+
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Megatron's order of ranks: tensor parallel fastest, then data, then pipeline."""
+    """Megatron's order of ranks: tensor parallel fastest, then context, data, pipeline parallel."""
 
     world: ProcessGroup
     """All ranks."""
@@ -17,8 +19,14 @@ class RankGrid:
     """Ranks that split each layer."""
     pp: ProcessGroup
     """Ranks that hold consecutive layers, first stage first."""
+    cp: ProcessGroup
+    """Ranks that split each sequence."""
     dp: ProcessGroup
-    """Ranks that hold the same weights and see different sequences."""
+    """Ranks that hold the same weights and the same part of their sequences, and see different sequences."""
+    dp_cp: ProcessGroup
+    """Ranks that hold the same weights: data and context parallel together."""
+    ep: ProcessGroup
+    """Ranks that hold different experts."""
 
     @property
     def rank(self) -> int:
@@ -26,10 +34,12 @@ class RankGrid:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank has the input embedding (with virtual stages, in its first chunk)."""
         return self.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the output layer (with virtual stages, in its last chunk)."""
         return self.pp.rank() == self.pp.size() - 1
 
     @property
@@ -38,20 +48,31 @@ class RankGrid:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def build_grid(tp_size: int, pp_size: int, seed: int) -> RankGrid:
+def build_grid(actor: ActorConfig, seed: int) -> RankGrid:
     """Build Megatron's groups over the initialised default group, and seed its tensor-parallel RNG.
 
-    The data-parallel size is world_size / (tp_size * pp_size); config_checks refuses sizes that do not divide.
+    The data-parallel size is world_size / (tp * cp * pp); config_checks refuses sizes that do not divide.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=actor.tp,
+        pipeline_model_parallel_size=actor.pp,
+        virtual_pipeline_model_parallel_size=actor.vp if actor.vp > 1 else None,
+        context_parallel_size=actor.cp,
+        expert_model_parallel_size=actor.ep,
+        # Experts are small and many: whole ones on more ranks, never a part of one.
+        expert_tensor_parallel_size=1,
+    )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return RankGrid(
         world=dist.group.WORLD,  # type: ignore[arg-type]
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
     )

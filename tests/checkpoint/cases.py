@@ -47,7 +47,7 @@ def make_actor(layout: str, model_dir: Path, seed: int) -> Actor:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return Actor.from_hf(model_dir, config, OPTIMIZER, dtype, build_grid(config.tp, config.pp, seed))
+    return Actor.from_hf(model_dir, config, OPTIMIZER, dtype, build_grid(config, seed))
 
 
 def train(actor: Actor, steps: range) -> dict[str, Any]:

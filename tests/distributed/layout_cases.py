@@ -1,5 +1,6 @@
-"""What one rank does in test_layout_invariance: the same update under several layouts. Imported by the ranks."""
+"""What one rank does in test_parallel_invariance: the same updates under many layouts. Imported by the ranks."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
-from megatron_riskpo.resharding.export import ExportItem, export_weights
+from megatron_riskpo.resharding.export import export_weights
 from megatron_riskpo.rollout.types import Rollouts
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import VOCAB_SIZE, make_tiny
 
 TEMPERATURE = 0.8
-LOSSES = {
-    "riskpo": PolicyLossConfig(),
-    "grpo": PolicyLossConfig(kind="ppo", aggregation="token_mean", entropy_coefficient=0.01),
+NUM_UPDATES = 3
+MODELS = {
+    "tied": ("qwen2", True),
+    "untied": ("qwen2", False),
+    "qk_norm": ("qwen3", True),
+    "moe": ("qwen3_moe", False),
 }
+"""What make_tiny is asked for: family, tied embeddings."""
+_TOKEN_MEAN = PolicyLossConfig(kind="ppo", aggregation="token_mean", entropy_coefficient=0.01)
+LOSSES = {"tied": PolicyLossConfig(), "untied": _TOKEN_MEAN, "qk_norm": _TOKEN_MEAN, "moe": PolicyLossConfig()}
 
 
 def ragged_rollouts(num_sequences: int = 16, seed: int = 5) -> tuple[Rollouts, Tensor, Tensor]:
@@ -42,72 +49,110 @@ def ragged_rollouts(num_sequences: int = 16, seed: int = 5) -> tuple[Rollouts, T
 
 def gradients_in_hf_layout(actor: Actor) -> dict[str, Tensor]:
     """Whole gradients under their Hugging Face names: the export path, fed with main_grad for the weights."""
-    module = actor.module
     with torch.no_grad():
-        kept = {name: parameter.data for name, parameter in module.named_parameters()}
-        for parameter in module.parameters():
+        if actor.config.distributed_optimizer:
+            _gather_gradient_shards(actor)
+        parameters = [p for chunk in actor.chunks for p in chunk.parameters()]
+        kept = [parameter.data for parameter in parameters]
+        for parameter in parameters:
             parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-        plan = [ExportItem(i.rule, i.owner, i.local_shape, torch.float32) for i in actor._export_plan]
-        gradients = {n: t.clone() for n, t in export_weights(module, plan, actor.shape, actor.grid)}
-        for name, parameter in module.named_parameters():
-            parameter.data = kept[name]
+        plan = [dataclasses.replace(item, dtype=torch.float32) for item in actor._export_plan]
+        gradients = {n: t.clone() for n, t in export_weights(actor.chunks, plan, actor.shape, actor.grid)}
+        for parameter, data in zip(parameters, kept, strict=True):
+            parameter.data = data
     return gradients
 
 
-def one_update(actor_config: ActorConfig, model_dir: Path, loss: PolicyLossConfig) -> dict[str, Any]:
-    """Log-probs before, one optimizer step, its metrics and gradients, and the weights after."""
-    grid = build_grid(actor_config.tp, actor_config.pp, seed=1)
+def _gather_gradient_shards(actor: Actor) -> None:
+    """A distributed optimizer leaves each rank the sum of its own shard; give every rank all of them."""
+    for chunk in actor.model:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def updates(actor_config: ActorConfig, model_dir: Path, loss: PolicyLossConfig) -> dict[str, Any]:
+    """Log-probs before, metrics of three updates, gradients of the first and of the last, and the weights after."""
+    grid = build_grid(actor_config, seed=1)
     # A large eps: AdamW's first step is g / (|g| + eps), which near g = 0 would turn rounding into a whole step.
-    optimizer = OptimizerConfig(lr=1e-3, clip_grad=1.0, eps=1e-3)
+    optimizer = OptimizerConfig(lr=2e-4, clip_grad=1.0, eps=1e-3)
     actor = Actor.from_hf(model_dir, actor_config, optimizer, torch.float32, grid)
     rollouts, advantages, noise = ragged_rollouts()
     before = actor.logprobs(rollouts, TEMPERATURE)
     tokens = TokenInputs(old_logprobs=before + noise)
-    outputs = actor.update(rollouts, advantages, tokens, loss, TEMPERATURE, 40, num_optimizer_steps_total=10)
-    # A distributed optimizer reduces gradients into each rank's own shard only; the weights after tell the rest.
-    gradients = {} if actor_config.distributed_optimizer else gradients_in_hf_layout(actor)
+    steps = []
+    for _ in range(NUM_UPDATES):
+        outputs = actor.update(rollouts, advantages, tokens, loss, TEMPERATURE, 40, num_optimizer_steps_total=10)
+        steps.append((outputs.metrics, outputs.logprobs, gradients_in_hf_layout(actor)))
     weights = {name: tensor.clone() for name, tensor in actor.export_weights()}
-    return {
-        "before": before,
-        "logprobs": outputs.logprobs,
-        "metrics": outputs.metrics,
-        "gradients": gradients,
-        "weights": weights,
-    }
+    return {"before": before, "steps": steps, "weights": weights}
 
 
-def layouts(world_size: int) -> dict[str, ActorConfig]:
+def _layout(**options: Any) -> ActorConfig:
     """Every case is split into several micro-batches."""
-    common = {"micro_batch_tokens": 150, "distributed_optimizer": False}
-    if world_size == 1:
-        return {
-            "reference": ActorConfig(distributed_optimizer=False, micro_batch_tokens=10**6),
-            "micro-batches": ActorConfig(**common),
-            "distributed optimizer": ActorConfig(micro_batch_tokens=150),
-            "reference of 2 mini-batches": ActorConfig(mini_batches=2, distributed_optimizer=False),
-        }
-    if world_size == 4:
-        return {
-            "tp2 pp2 sp": ActorConfig(tp=2, pp=2, sequence_parallel=True, **common),
-            "tp2 dp2 distributed optimizer": ActorConfig(tp=2, micro_batch_tokens=150),
-            "pp2 dp2, 2 mini-batches": ActorConfig(pp=2, mini_batches=2, **common),
-        }
+    return ActorConfig(**{"micro_batch_tokens": 150, "distributed_optimizer": False, **options})
+
+
+LAYOUTS: dict[int, dict[str, ActorConfig]] = {
+    1: {
+        "reference": _layout(micro_batch_tokens=10**6),
+        "micro-batches": _layout(),
+        "distributed optimizer": _layout(distributed_optimizer=True),
+        "recompute attention": _layout(recompute="selective"),
+        "recompute layers": _layout(recompute="full"),
+        "offloaded optimizer": _layout(offload_optimizer=True),
+        "reference of 2 mini-batches": _layout(mini_batches=2, micro_batch_tokens=10**6),
+    },
+    2: {
+        "tp2": _layout(tp=2),
+        "tp2 sp": _layout(tp=2, sequence_parallel=True),
+        "pp2": _layout(pp=2),
+        "pp2 vp2": _layout(pp=2, vp=2, micro_batch_tokens=110),
+        "pp2, layers 1 + 3": _layout(pp=2, first_stage_layers=1),
+        "cp2": _layout(cp=2),
+        "dp2": _layout(),
+        "dp2 distributed optimizer, offloaded": _layout(distributed_optimizer=True, offload_optimizer=True),
+        "dp2, 2 mini-batches": _layout(mini_batches=2),
+        "ep2": _layout(ep=2),
+        "ep2 distributed optimizer": _layout(ep=2, distributed_optimizer=True),
+    },
+    4: {
+        "tp2 pp2 sp": _layout(tp=2, pp=2, sequence_parallel=True),
+        "tp2 cp2 sp": _layout(tp=2, cp=2, sequence_parallel=True),
+        "pp2 cp2, recompute layers": _layout(pp=2, cp=2, recompute="full"),
+        "tp2 pp2 vp2 distributed optimizer": _layout(
+            tp=2, pp=2, vp=2, micro_batch_tokens=110, distributed_optimizer=True
+        ),
+        "tp2 dp2 distributed optimizer": _layout(tp=2, distributed_optimizer=True),
+        "pp2 dp2, 2 mini-batches": _layout(pp=2, mini_batches=2),
+        "tp2 ep2 sp": _layout(tp=2, ep=2, sequence_parallel=True),
+        "pp2 ep2 dp2 distributed optimizer": _layout(pp=2, ep=2, distributed_optimizer=True),
+        "cp2 ep4": _layout(cp=2, ep=4),
+    },
+}
+
+
+def make_models(folder: Path) -> None:
+    """97 entries: tensor parallelism has to pad the vocabulary. Four layers: two stages of two chunks."""
+    sizes = {"vocab_size": 97, "num_layers": 4, "hidden_size": 64}
+    for name, (family, tied) in MODELS.items():
+        make_tiny(folder / name, family, tied=tied, seed=3, **sizes)
+
+
+def applies(config: ActorConfig, model: str) -> bool:
+    """Experts need a model that has them; Megatron splits their layers only together with the sequence."""
+    if model == "moe":
+        return config.tp == 1 or config.sequence_parallel
+    return config.ep == 1
+
+
+def run(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """By (layout, model)."""
     return {
-        "tp2": ActorConfig(tp=2, **common),
-        "tp2 sp": ActorConfig(tp=2, sequence_parallel=True, **common),
-        "pp2": ActorConfig(pp=2, **common),
-        "dp2": ActorConfig(**common),
-        "dp2 distributed optimizer": ActorConfig(micro_batch_tokens=150),
-        "tp2 distributed optimizer": ActorConfig(tp=2, micro_batch_tokens=150),
-        "dp2, 2 mini-batches": ActorConfig(mini_batches=2, **common),
+        (layout, model): updates(config, folder.parent / model, LOSSES[model])
+        for layout, config in LAYOUTS[dist.get_world_size()].items()
+        for model in MODELS
+        if applies(config, model)
     }
-
-
-def run(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """All layouts of this world size, tied and untied, both losses."""
-    results = {}
-    for layout, config in layouts(dist.get_world_size()).items():
-        for tied in ("tied", "untied"):
-            for name, loss in LOSSES.items():
-                results[layout, tied, name] = one_update(config, folder.parent / tied, loss)
-    return results

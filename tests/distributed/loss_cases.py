@@ -51,7 +51,7 @@ def plan(num_ranks: int, size: int) -> list[list[list[int]]]:
 
 def run(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     """By (kind, aggregation, micro-batch size): metrics and gradient of one update."""
-    grid = build_grid(1, 1, seed=1)
+    grid = build_grid(ActorConfig(), seed=1)
     # A learning rate of 0: all cases see the same weights. No clipping: it would hide the gradient's size.
     optimizer = OptimizerConfig(lr=0.0, clip_grad=0.0)
     actor = Actor.from_hf(

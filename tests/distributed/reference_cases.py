@@ -22,9 +22,9 @@ LAYOUTS = {
 
 def two_updates(config: ActorConfig, dtype: torch.dtype, model_dir: Path, *, looks_back: bool) -> dict[str, Any]:
     """Log-probs at the start, of the reference after each update (if looks_back), and the weights at the end."""
-    grid = build_grid(config.tp, config.pp, seed=1)
+    grid = build_grid(config, seed=1)
     actor = Actor.from_hf(model_dir, config, OptimizerConfig(lr=1e-2), dtype, grid)
-    reference = ReferenceWeights(actor.module)
+    reference = ReferenceWeights(torch.nn.ModuleList(actor.chunks))
     rollouts, advantages, _ = ragged_rollouts()
     result: dict[str, Any] = {"start": actor.logprobs(rollouts, TEMPERATURE), "reference": [], "policy": []}
     for _ in range(2):

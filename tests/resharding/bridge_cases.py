@@ -35,7 +35,7 @@ class HfEngine:
 
 def outcomes(folder: Path) -> dict[str, Any]:
     """What sync says in each case, on this rank."""
-    grid = build_grid(1, 1, seed=0)
+    grid = build_grid(ActorConfig(), seed=0)
     model_dir = folder.parent / "model"
     actor = Actor.from_hf(model_dir, ActorConfig(), OptimizerConfig(), torch.float32, grid)
     engine = HfEngine(model_dir)

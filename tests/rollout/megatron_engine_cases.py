@@ -24,12 +24,12 @@ LAYOUTS = {
 
 
 def build_actor(model_dir: Path, config: ActorConfig) -> Actor:
-    grid = build_grid(config.tp, config.pp, seed=1)
+    grid = build_grid(config, seed=1)
     return Actor.from_hf(model_dir, config, OptimizerConfig(lr=1e-2), torch.float32, grid)
 
 
 def build_engine(actor: Actor, max_num_seqs: int = 64) -> MegatronEngine:
-    return MegatronEngine(actor.module, actor.grid, max_sequence_length=128, max_num_seqs=max_num_seqs)
+    return MegatronEngine(actor.chunks[0], actor.grid, max_sequence_length=128, max_num_seqs=max_num_seqs)
 
 
 def run(folder: Path) -> dict[tuple[str, str], tuple[Rollouts, torch.Tensor]]:

@@ -155,15 +155,15 @@ def test_wrong_prompts_are_refused(actor, prompt, message):
 def test_training_goes_on_after_sampling(actor):
     """Sampling leaves the module trainable, and the next call sees the optimizer step. The weights are restored."""
     engine = build_engine(actor)
-    kept = {n: p.detach().clone() for n, p in actor.module.named_parameters()}
+    kept = {n: p.detach().clone() for n, p in actor.chunks[0].named_parameters()}
     before = engine.generate(PROMPTS, SAMPLING, SEEDS)
-    assert actor.module.training
+    assert actor.chunks[0].training
     actor.train_step(before, supervised_loss(before), SAMPLING.temperature, 10)
     after = engine.generate(PROMPTS, SAMPLING, SEEDS)
     torch.testing.assert_close(after.rollout_logprobs, actor.logprobs(after, SAMPLING.temperature), rtol=0, atol=1e-5)
     assert not torch.equal(before.rollout_logprobs, after.rollout_logprobs)
     with torch.no_grad():
-        for name, parameter in actor.module.named_parameters():
+        for name, parameter in actor.chunks[0].named_parameters():
             parameter.copy_(kept[name])
     assert_same_samples(engine.generate(PROMPTS, SAMPLING, SEEDS), before)
 

@@ -2,11 +2,15 @@
 
 from typing import Any
 
-from megatron_riskpo.checkpoint.weight_map.base import Family, ModelShape
+from megatron_riskpo.checkpoint.weight_map.base import Family, ModelShape, num_experts
+from megatron_riskpo.checkpoint.weight_map.llama import LLAMA
+from megatron_riskpo.checkpoint.weight_map.mistral import MISTRAL
 from megatron_riskpo.checkpoint.weight_map.qwen2 import QWEN2
+from megatron_riskpo.checkpoint.weight_map.qwen3 import QWEN3
+from megatron_riskpo.checkpoint.weight_map.qwen3_moe import QWEN3_MOE
 from megatron_riskpo.errors import UsageError
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL)}
 
 
 def family_of(hf_config: dict[str, Any]) -> Family:
@@ -27,4 +31,5 @@ def shape_of(hf_config: dict[str, Any]) -> ModelShape:
         head_dim=hf_config.get("head_dim") or hf_config["hidden_size"] // num_heads,
         vocab_size=hf_config["vocab_size"],
         tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+        num_experts=num_experts(hf_config),
     )

@@ -5,8 +5,11 @@ Hugging Face tensor along `shard_dim`, then the rank's pieces are fused; so fuse
 rank's pieces, and any tensor-parallel size follows from the same table.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tied_embeddings: bool
+    num_experts: int = 0
+    """Of a mixture-of-experts layer; 0: every layer is dense."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter (layer written as {layer}) and its Hugging Face tensors."""
+    """One Megatron parameter (layer written as {layer}, expert as {expert}) and its Hugging Face tensors."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -44,10 +49,19 @@ class Rule:
     is_vocab: bool = False
     """Dimension 0 counts vocabulary entries, padded so that the tensor-parallel size divides it."""
 
-    def at(self, layer: int) -> "Rule":
-        """The same rule with the layer's number filled in."""
-        names = tuple(name.format(layer=layer) for name in self.hf)
-        return Rule(self.megatron.format(layer=layer), names, self.shard_dim, self.fusion, self.is_vocab)
+    expert: int | None = None
+    """Which expert's it is: expert parallelism deals them out in blocks."""
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the parameter exists once an expert."""
+        return "{expert}" in self.megatron
+
+    def at(self, layer: int, expert: int | None = None) -> "Rule":
+        """The same rule with the numbers filled in."""
+        names = tuple(name.format(layer=layer, expert=expert) for name in self.hf)
+        megatron = self.megatron.format(layer=layer, expert=expert)
+        return dataclasses.replace(self, megatron=megatron, hf=names, expert=expert)
 
 
 def _fuse_qkv(pieces: Sequence[Tensor], shape: ModelShape) -> Tensor:
@@ -79,19 +93,41 @@ class Family:
     layer_rules: tuple[Rule, ...]
     outer_rules: tuple[Rule, ...]
     """Embedding, final norm, output layer (left out when the embeddings are tied)."""
-    transformer_options: dict[str, object]
-    """Arguments of Megatron's TransformerConfig."""
+    transformer_options: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """From config.json: the arguments of Megatron's TransformerConfig that are this family's own."""
+    fixed: Mapping[str, tuple[object, object]] = field(default_factory=dict)
+    """Options of config.json that change the architecture: the one value that is computed rightly, and what
+    transformers takes where the option is missing."""
+
+    def refusal(self, hf_config: Mapping[str, Any]) -> str | None:
+        """What to say of a config.json that asks for what this table would silently compute otherwise."""
+        for option, (needed, default) in self.fixed.items():
+            value = hf_config.get(option, default)
+            if (value or None) != (needed or None):
+                found, supported = json.dumps(value), json.dumps(needed)
+                return f"config.json: {option} = {found} is not supported for {self.model_type}; only {supported} is"
+        return None
 
     def rules(self, shape: ModelShape) -> Iterator[Rule]:
         """Every parameter of a whole model once, in Hugging Face's usual order (embedding first, head last)."""
+        for template, layer in self.templates(shape):
+            experts = range(shape.num_experts) if template.is_expert else (None,)
+            yield from (template.at(layer, expert) for expert in experts)
+
+    def templates(self, shape: ModelShape) -> Iterator[tuple[Rule, int]]:
+        """(rule, layer) of a whole model, in the same order; a rule of experts once for all of them."""
         first, *last = self.outer_rules
-        yield first
+        yield first, 0
         for layer in range(shape.num_layers):
-            for rule in self.layer_rules:
-                yield rule.at(layer)
+            yield from ((rule, layer) for rule in self.layer_rules)
         for rule in last:
             if not (shape.tied_embeddings and rule.megatron == "output_layer.weight"):
-                yield rule
+                yield rule, 0
+
+
+def num_experts(hf_config: Mapping[str, Any]) -> int:
+    """Experts of a mixture-of-experts layer, 0 in a dense model; transformers 5 writes it under either name."""
+    return hf_config.get("num_experts") or hf_config.get("num_local_experts") or 0
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

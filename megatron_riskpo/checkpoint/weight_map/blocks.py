@@ -1,0 +1,68 @@
+"""The rules that decoder families share: what a table is put together from."""
+
+from megatron_riskpo.checkpoint.weight_map.base import QKV, SINGLE, STACKED, Rule
+
+_HF_LAYER = "model.layers.{layer}."
+_HF_EXPERT = _HF_LAYER + "mlp.experts.{expert}."
+_LAYER = "decoder.layers.{layer}."
+_EXPERT = _LAYER + "mlp.experts.local_experts.{expert}."
+
+
+def _whole(megatron: str, hf: str) -> Rule:
+    """A parameter that every tensor-parallel rank has whole."""
+    return Rule(_LAYER + megatron, (_HF_LAYER + hf,), None, SINGLE)
+
+
+def _split(megatron: str, hf: str, shard_dim: int) -> Rule:
+    return Rule(_LAYER + megatron, (_HF_LAYER + hf,), shard_dim, SINGLE)
+
+
+def _qkv(kind: str) -> Rule:
+    names = tuple(_HF_LAYER + f"self_attn.{p}_proj.{kind}" for p in "qkv")
+    return Rule(_LAYER + f"self_attention.linear_qkv.{kind}", names, 0, QKV)
+
+
+ATTENTION = (
+    _whole("input_layernorm.weight", "input_layernorm.weight"),
+    _qkv("weight"),
+    _split("self_attention.linear_proj.weight", "self_attn.o_proj.weight", 1),
+    _whole("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+)
+"""Pre-norm attention without biases."""
+
+QKV_BIAS = (_qkv("bias"),)
+
+QK_NORM = (
+    _whole("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+    _whole("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+)
+"""A norm over the head dimension of queries and keys."""
+
+GATED_MLP = (
+    Rule(
+        _LAYER + "mlp.linear_fc1.weight",
+        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
+        0,
+        STACKED,
+    ),
+    _split("mlp.linear_fc2.weight", "mlp.down_proj.weight", 1),
+)
+
+GATED_EXPERTS = (
+    _whole("mlp.router.weight", "mlp.gate.weight"),
+    Rule(
+        _EXPERT + "linear_fc1.weight",
+        (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
+        None,
+        STACKED,
+    ),
+    Rule(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), None, SINGLE),
+)
+"""A router and experts. Experts are dealt out to the expert-parallel ranks, none is split."""
+
+OUTER = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), 0, SINGLE, is_vocab=True),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), None, SINGLE),
+    Rule("output_layer.weight", ("lm_head.weight",), 0, SINGLE, is_vocab=True),
+)
+"""Embedding, final norm, output layer."""
