@@ -39,7 +39,7 @@ def riskpo(inputs: AdvantageInputs) -> Estimate:
     score_stds = None
     if config.scale == "bundle_std":
         score_stds = torch.cat([block.rows().std()[block.row_of] for block in blocks])
-    weights = scale_advantages(weights, config, max(map(abs, pooled.support())), score_stds)
+    weights = scale_advantages(weights, config, pooled, score_stds)
     used = torch.cat([block.questions for block in blocks])
     advantages = torch.zeros_like(rewards).index_copy_(0, used, weights)
     return Estimate(advantages, pooled, _reported_quantiles(pooled, config, tracker), tracker or inputs.tracker)
