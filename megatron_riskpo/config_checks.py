@@ -324,6 +324,19 @@ def mini_batches(setup: Setup) -> str | None:
     return None
 
 
+def kl_cov(setup: Setup) -> str | None:
+    """The penalty's gradient is the sign of the log ratio: before the first update 0, or whatever sign rounding gives
+    it, since the old log-probs come from a forward pass of their own."""
+    kind, num = setup.config.loss.kind, setup.config.actor.mini_batches
+    if kind == "kl_cov" and num == 1:
+        return (
+            f"loss.kind = {kind} with actor.mini_batches = {num}: the penalty |log ratio| is 0 but for rounding, "
+            "as the policy has not moved in the only mini-batch of a step; set actor.mini_batches to 2 or more, or use "
+            "loss.kind = clip_cov"
+        )
+    return None
+
+
 def sft_batch(setup: Setup) -> str | None:
     size, dp = setup.config.sft.batch_size, setup.data_parallel
     if size % dp:
@@ -384,6 +397,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     dynamic_sampling,
     engine_available,
     algorithm,
+    kl_cov,
 )
 
 SFT_RULES: tuple[Rule, ...] = (

@@ -163,6 +163,11 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         (["--algorithm.estimator", "gropo"], 1, "did you mean grpo?"),
         (["--actor.mini_batches", "3"], 1, "actor.mini_batches = 3 times 1 data-parallel ranks"),
         (["--actor.mini_batches", "2"], 3, "use 36 or 42 prompts"),
+        (
+            ["--loss.kind", "kl_cov"],
+            1,
+            "loss.kind = kl_cov with actor.mini_batches = 1: the penalty |log ratio| is 0 but for rounding",
+        ),
         (["--rollout.temperature", "0"], 1, "rollout.temperature = 0.0 is out of range; it must be > 0"),
         (["--evaluation.num_samples", "4"], 1, "evaluation.ks has k = 8, more than evaluation.num_samples = 4"),
         (["--data.max_prompt_tokens", "500"], 1, "500 + 64 = 564 exceeds the model's max_position_embeddings = 512"),
@@ -202,6 +207,11 @@ def test_layouts_that_work_pass_every_rule(layout, toml) -> None:
     config = load_config(TrainConfig, toml(), [*BASE, "--actor.tp", str(tp), "--actor.pp", str(pp)])
     check_train(config, world_size, MODEL)
     assert list(problems(TRAIN_RULES, Setup(config, world_size, MODEL))) == []
+
+
+def test_kl_cov_works_from_two_mini_batches_on(toml) -> None:
+    options = ["--loss.kind", "kl_cov", "--actor.mini_batches", "2"]
+    check_train(load_config(TrainConfig, toml(), [*BASE, *options]), 1, MODEL)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_mismatch_beyond_the_threshold_ends_the_run(difference, limit, raises):
         (1, {}, 0),
         (2, {}, 1),
         (1, {"mismatch": MismatchConfig(correction="tis")}, 1),
-        (1, {"loss": PolicyLossConfig(kind="kl_cov")}, 1),
+        (1, {"loss": PolicyLossConfig(kind="clip_cov")}, 1),
         (1, {"loss": PolicyLossConfig(kl_coefficient=0.1)}, 1),
         (1, {"loss": PolicyLossConfig(kl_coefficient=0.1, kl_in="reward")}, 2),
     ],

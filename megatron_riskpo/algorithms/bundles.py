@@ -75,10 +75,21 @@ def pair_at_random(
     # One addition after the other, so that the sums are bit-equal on all ranks.
     sums = reduce(torch.add, rows.gather(2, slots).unbind(1))
     scores = sums * (size / present.sum(dim=1, keepdim=True).double())
-    membership = torch.full_like(rewards, -1, dtype=torch.long)
+    return Bundles(_membership(rewards.size(0), groups, slots), scores)
+
+
+def _membership(
+    num_prompts: int, groups: QuestionGroups, slots: Int64[Tensor, "num_groups bundle_size group_size"]
+) -> Int64[Tensor, "num_prompts group_size"]:
+    """slots: the response that each bundle of a group holds of each of its questions."""
+    num_groups, _, group_size = slots.shape
     bundle_ids = torch.arange(num_groups * group_size).view(num_groups, 1, group_size).expand_as(slots)
-    membership[groups.members[groups.owned][:, None], slots[groups.owned]] = bundle_ids[groups.owned]
-    return Bundles(membership, scores)
+    # Places not owned write into a row more. Flat indices take a third of the time that rows and columns take.
+    questions = torch.where(groups.owned, groups.members, num_prompts)
+    places = questions[:, :, None] * group_size + slots
+    membership = torch.full(((num_prompts + 1) * group_size,), -1)
+    membership.scatter_(0, places.flatten(), bundle_ids.flatten())
+    return membership.view(num_prompts + 1, group_size)[:-1]
 
 
 def cut_own_responses(
@@ -98,4 +109,5 @@ def cut_own_responses(
 
 def _random_order(shape: tuple[int, ...], generator: Generator | None) -> Int64[Tensor, "*shape"]:
     """Independent random permutations along the last dimension."""
-    return torch.rand(shape, dtype=torch.float64, generator=generator).argsort(dim=-1, stable=True)
+    # Not stable, which takes half the time: 8,192 rows of 5 numbers hold two equal ones once in 1e11 steps.
+    return torch.rand(shape, dtype=torch.float64, generator=generator).argsort(dim=-1)

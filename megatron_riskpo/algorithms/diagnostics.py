@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from megatron_riskpo.algorithms.config import AlgorithmConfig
@@ -27,12 +27,12 @@ def risk_metrics(scores: Distribution, quantiles: tuple[float, float], config: A
 def reward_metrics(rewards: Float64[Tensor, "num_prompts group_size"]) -> dict[str, float]:
     """Mean reward; shares of questions that all or none of their responses solve (solved: reward > 0), and of those
     whose rewards are all equal."""
-    solved = rewards > 0
+    lowest, highest = rewards.aminmax(dim=1)
     return {
         "reward/mean": float(rewards.mean()),
-        "reward/solve_all": float(solved.all(dim=1).double().mean()),
-        "reward/solve_none": float((~solved).all(dim=1).double().mean()),
-        "reward/zero_variance": float((rewards == rewards[:, :1]).all(dim=1).double().mean()),
+        "reward/solve_all": _share(lowest > 0),
+        "reward/solve_none": _share(highest <= 0),
+        "reward/zero_variance": _share(lowest == highest),
     }
 
 
@@ -40,8 +40,7 @@ def advantage_metrics(
     rewards: Float64[Tensor, "num_prompts group_size"], advantages: Float64[Tensor, "num_prompts group_size"]
 ) -> dict[str, float]:
     """Share of responses that teach nothing (|A| < 1e-8), and the effective weights by difficulty."""
-    zero = {"risk/zero_advantage_share": float((advantages.abs() < 1e-8).double().mean())}
-    return zero | effective_weights(rewards, advantages)
+    return {"risk/zero_advantage_share": _share(advantages.abs() < 1e-8)} | effective_weights(rewards, advantages)
 
 
 def effective_weights(
@@ -55,15 +54,20 @@ def effective_weights(
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     spread = centred.square().sum(dim=1)
+    lowest, highest = rewards.aminmax(dim=1)
     # By comparison: the centred values of equal rewards need not be exactly 0.
-    varied = (rewards != rewards[:, :1]).any(dim=1) & (spread > 0)
-    weights = (centred * (advantages - advantages.mean(dim=1, keepdim=True))).sum(dim=1) / spread
-    bins = ((rewards > 0).sum(dim=1) * NUM_PASS_RATE_BINS // rewards.shape[1]).clamp(max=NUM_PASS_RATE_BINS - 1)
-    metrics = {}
-    for index in bins[varied].unique().tolist():
-        name = f"{index / NUM_PASS_RATE_BINS:.1f}-{(index + 1) / NUM_PASS_RATE_BINS:.1f}"
-        metrics[f"risk/effective_weight/{name}"] = float(weights[varied & (bins == index)].mean())
-    return metrics
+    varied = (lowest < highest) & (spread > 0)
+    # The mean advantage drops out, because the centred rewards sum to 0.
+    weights = (centred * advantages).sum(dim=1)[varied] / spread[varied]
+    num_solved = (rewards > 0).sum(dim=1)[varied]
+    bins = (num_solved * NUM_PASS_RATE_BINS // rewards.shape[1]).clamp(max=NUM_PASS_RATE_BINS - 1)
+    counts = torch.bincount(bins, minlength=NUM_PASS_RATE_BINS).tolist()
+    sums = torch.bincount(bins, weights, minlength=NUM_PASS_RATE_BINS).tolist()
+    return {
+        f"risk/effective_weight/{index / NUM_PASS_RATE_BINS:.1f}-{(index + 1) / NUM_PASS_RATE_BINS:.1f}": total / count
+        for index, (total, count) in enumerate(zip(sums, counts, strict=True))
+        if count
+    }
 
 
 def cov_logprob_advantage(
@@ -86,6 +90,11 @@ def cov_logprob_advantage(
         metrics[f"risk/cov_logprob_{name}"] = covariance
         metrics[f"risk/corr_logprob_{name}"] = covariance / spread if spread else 0.0
     return metrics
+
+
+def _share(chosen: Bool[Tensor, "..."]) -> float:
+    """Of all places."""
+    return int(chosen.sum()) / chosen.numel()
 
 
 def _centred(values: Tensor) -> Tensor:

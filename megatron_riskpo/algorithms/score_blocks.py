@@ -59,7 +59,7 @@ def block_of_bundles(bundles: Bundles) -> ScoreBlock:
     """Each response gets psi of the score of its bundle."""
     scores = bundles.scores
     questions = (bundles.membership[:, 0] >= 0).nonzero()[:, 0]
-    membership = bundles.membership[questions]
+    membership = bundles.membership.index_select(0, questions)
     return ScoreBlock(
         num_rows=scores.size(0),
         pooled=Distribution.of_sample(scores.flatten()),
@@ -67,5 +67,5 @@ def block_of_bundles(bundles: Bundles) -> ScoreBlock:
         values=scores,
         questions=questions,
         row_of=membership[:, 0] // scores.size(1),
-        spread=lambda psi: psi.flatten()[membership],
+        spread=lambda psi: psi.take(membership),
     )

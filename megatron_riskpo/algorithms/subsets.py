@@ -83,7 +83,7 @@ class LatticeSubsets:
         self._size, self._num_points = size, size * lattice.num_steps + 1
         position = lattice.index + lattice.fraction
         self._order = position.argsort(dim=1, stable=True)
-        cases, self._case_of = position.gather(1, self._order).unique(dim=0, return_inverse=True)
+        cases, self._case_of = _unique_rows(position.gather(1, self._order), lattice.num_steps + 1)
         self._index = cases.floor().long()
         self._fraction = cases - self._index
         self.values = size * lattice.origin + lattice.step * torch.arange(self._num_points, dtype=torch.float64)[None]
@@ -154,3 +154,16 @@ class LatticeSubsets:
         inside = (source >= 0) & (source < self._num_points)
         source = source.clamp(0, self._num_points - 1)[:, None, :].expand_as(table)
         return table.gather(2, source) * inside[:, None, :]
+
+
+def _unique_rows(
+    positions: Float64[Tensor, "n group_size"], num_points: int
+) -> tuple[Float64[Tensor, "num_cases group_size"], Int64[Tensor, " n"]]:
+    """The different rows in ascending order, and which of them each row is; 0 <= position < num_points."""
+    powers = [num_points**exponent for exponent in reversed(range(positions.size(1)))]
+    if num_points * powers[0] > 2**63 or (positions != positions.floor()).any():
+        return positions.unique(dim=0, return_inverse=True)
+    # Whole positions are the digits of one number a row, which is much faster to sort.
+    keys = (positions.long() * torch.tensor(powers)).sum(dim=1)
+    cases, case_of = keys.unique(return_inverse=True)
+    return (cases[:, None] // torch.tensor(powers) % num_points).double(), case_of

@@ -14,7 +14,7 @@ from megatron_riskpo.algorithms.complete_pairing import _block, _listed_block, c
 from megatron_riskpo.algorithms.convolution import convolve, means_over_the_others
 from megatron_riskpo.algorithms.lattice import Lattice
 from megatron_riskpo.algorithms.score_blocks import pool
-from megatron_riskpo.algorithms.subsets import LatticeSubsets, ListedSubsets
+from megatron_riskpo.algorithms.subsets import LatticeSubsets, ListedSubsets, _unique_rows
 
 
 def seeded(seed):
@@ -89,6 +89,20 @@ def test_self_bundles_against_all_subsets(rewards, data):
             rank = max(1, math.ceil(level * len(scores) * (1 - 1e-12)))
             assert subsets.pooled().quantile(level) == pytest.approx(sorted(scores)[rank - 1], abs=1e-12)
         assert subsets.rows().num_rows == num_prompts
+
+
+@pytest.mark.parametrize(
+    ("num_points", "group_size", "fraction"),
+    [(2, 63, 0.0), (2, 64, 0.0), (129, 8, 0.0), (129, 9, 0.0), (2**20, 3, 0.0), (2**21, 3, 0.0), (3, 4, 0.5)],
+)
+def test_cases_are_the_different_rows_in_ascending_order(num_points, group_size, fraction):
+    """By one number a row up to 63 bits, row by row above that and where positions are no whole numbers."""
+    rows = torch.randint(num_points, (5, group_size), generator=seeded(0)).double()
+    rows[0], rows[1] = 0, num_points - 1
+    rows = rows[torch.randint(5, (40,), generator=seeded(1))]
+    rows[:, 0] = (rows[:, 0] - fraction).clamp(min=0)
+    found = _unique_rows(rows, num_points)
+    assert all(map(torch.equal, found, rows.unique(dim=0, return_inverse=True)))
 
 
 @pytest.mark.parametrize("points", [2, 60])

@@ -9,6 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from megatron_riskpo.algorithms.config import AlgorithmConfig
+from megatron_riskpo.algorithms.distribution import Distribution
 
 # Equal scores summed from unequal rewards differ by a few times 1e-16 of their size: that is no advantage to scale up.
 _ROUNDING = 1e-12
@@ -36,17 +37,19 @@ def subtract_baseline(
 def scale_advantages(
     advantages: Float64[Tensor, "num_prompts group_size"],
     config: AlgorithmConfig,
-    largest_score: float,
+    scores: Distribution,
     score_stds: Float64[Tensor, " num_prompts"] | None,
 ) -> Float64[Tensor, "num_prompts group_size"]:
     """Divide as config.scale says; by config.scale_floor of the largest |A| at least, so that they stay finite.
 
     batch_std: by the standard deviation over the batch. bundle_std: by `score_stds`, those of the scores of each
-    question's group (None: batch_std). `largest_score` is the largest |S|: advantages that are rounding errors beside
-    it stay as they are.
+    question's group (None: batch_std). `scores` has one row: advantages that are rounding errors beside its largest |S|
+    stay as they are.
     """
+    if config.scale == "none":
+        return advantages
     largest = float(advantages.abs().max())
-    if config.scale == "none" or largest <= _ROUNDING * largest_score:
+    if largest <= _ROUNDING * max(map(abs, scores.support())):
         return advantages
     least = config.scale_floor * largest
     if score_stds is not None:

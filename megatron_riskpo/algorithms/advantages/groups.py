@@ -9,7 +9,8 @@ EPS = 1e-6
 
 def equal_groups(rewards: Float64[Tensor, "num_prompts group_size"]) -> Bool[Tensor, "num_prompts 1"]:
     """Questions whose responses all have the same reward: they tell nothing about which response is better."""
-    return (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    lowest, highest = rewards.aminmax(dim=1, keepdim=True)
+    return lowest == highest
 
 
 def centred(rewards: Float64[Tensor, "num_prompts group_size"]) -> Float64[Tensor, "num_prompts group_size"]:

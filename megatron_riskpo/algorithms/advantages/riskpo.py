@@ -34,14 +34,14 @@ def riskpo(inputs: AdvantageInputs) -> Estimate:
     pooled = pool(blocks)
     spectrum = spectrum_of(config)
     tracker = _tracked(pooled, spectrum, config, inputs.tracker)
-    advantages = torch.zeros_like(rewards)
-    used = torch.cat([block.questions for block in blocks])
-    advantages[used] = torch.cat([block.spread(_psi(block, pooled, spectrum, config, tracker)) for block in blocks])
-    advantages[used] = subtract_baseline(advantages[used], config.baseline, siblings_of(config))
+    weights = torch.cat([block.spread(_psi(block, pooled, spectrum, config, tracker)) for block in blocks])
+    weights = subtract_baseline(weights, config.baseline, siblings_of(config))
     score_stds = None
     if config.scale == "bundle_std":
         score_stds = torch.cat([block.rows().std()[block.row_of] for block in blocks])
-    advantages[used] = scale_advantages(advantages[used], config, max(map(abs, pooled.support())), score_stds)
+    weights = scale_advantages(weights, config, pooled, score_stds)
+    used = torch.cat([block.questions for block in blocks])
+    advantages = torch.zeros_like(rewards).index_copy_(0, used, weights)
     return Estimate(advantages, pooled, _reported_quantiles(pooled, config, tracker), tracker or inputs.tracker)
 
 
