@@ -37,6 +37,7 @@ BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("optimizer.beta2", "<", 1),
     ("optimizer.eps", ">", 0),
     ("optimizer.clip_grad", ">=", 0),
+    ("optimizer.max_skipped_steps", ">=", 0),
     ("bridge.bucket_mib", ">", 0),
     ("bridge.tolerance", ">", 0),
     ("rewards.overlong_buffer_tokens", ">=", 0),
