@@ -158,6 +158,9 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that may be skipped, on all ranks alike, because their gradients are not finite; one
+    more ends the run. 0: the first does."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ A rule takes a Setup and returns what is wrong, with the numbers and the nearest
 """
 
 import importlib.util
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_riskpo.config import PROBE_LENGTH, ModelShapeConfig, SftConfig, TrainConfig
+from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
 
@@ -35,64 +35,6 @@ class Setup:
 Rule = Callable[[Setup], str | None]
 
 _MLP_COLUMNS = "MLP columns (intermediate_size)"
-
-_OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-
-# (option, comparison, bound); options that the command does not have are skipped.
-_BOUNDS: tuple[tuple[str, str, float], ...] = (
-    ("run.steps", ">=", 1),
-    ("run.seed", ">=", 0),
-    ("run.ranks", ">=", 0),
-    ("run.timeout_s", ">", 0),
-    ("data.train_size", ">=", 1),
-    ("data.evaluation_size", ">=", 1),
-    ("data.prompts_per_step", ">=", 1),
-    ("data.max_prompt_tokens", ">=", 1),
-    ("rollout.group_size", ">=", 1),
-    ("rollout.max_response_tokens", ">=", 1),
-    ("rollout.temperature", ">", 0),
-    ("rollout.max_refills", ">=", 0),
-    ("rollout.tp", ">=", 1),
-    ("rollout.max_num_seqs", ">=", 1),
-    ("rollout.kv_cache_gib", ">", 0),
-    ("rollout.gpu_memory_utilization", ">", 0),
-    ("rollout.gpu_memory_utilization", "<=", 1),
-    ("actor.tp", ">=", 1),
-    ("actor.pp", ">=", 1),
-    ("actor.mini_batches", ">=", 1),
-    ("actor.micro_batch_tokens", ">=", 1),
-    ("optimizer.lr", ">=", 0),
-    ("optimizer.warmup_steps", ">=", 0),
-    ("optimizer.weight_decay", ">=", 0),
-    ("optimizer.beta1", ">=", 0),
-    ("optimizer.beta1", "<", 1),
-    ("optimizer.beta2", ">=", 0),
-    ("optimizer.beta2", "<", 1),
-    ("optimizer.eps", ">", 0),
-    ("optimizer.clip_grad", ">=", 0),
-    ("bridge.bucket_mib", ">", 0),
-    ("bridge.tolerance", ">", 0),
-    ("rewards.overlong_buffer_tokens", ">=", 0),
-    ("rewards.overlong_penalty", ">=", 0),
-    ("rewards.timeout_s", ">", 0),
-    ("rewards.workers", ">=", 1),
-    ("evaluation.every", ">=", 0),
-    ("evaluation.num_samples", ">=", 1),
-    ("evaluation.temperature", ">=", 0),
-    ("checkpoint.every", ">=", 1),
-    ("checkpoint.keep", ">=", 1),
-    ("logging.samples", ">=", 0),
-    ("logging.samples_every", ">=", 0),
-    ("sft.steps", ">=", 1),
-    ("sft.batch_size", ">=", 1),
-    ("shape.num_layers", ">=", 1),
-    ("shape.hidden_size", ">=", 1),
-    ("shape.num_attention_heads", ">=", 1),
-    ("shape.num_key_value_heads", ">=", 1),
-    ("shape.intermediate_size", ">=", 1),
-    ("shape.max_position_embeddings", ">=", 2),
-    ("shape.initializer_range", ">", 0),
-)
 
 
 def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) -> None:
@@ -145,12 +87,7 @@ def _raise_first(rules: tuple[Rule, ...], setup: Setup) -> None:
 
 
 def bounds(setup: Setup) -> str | None:
-    for key, sign, bound in _BOUNDS:
-        section, _, name = key.partition(".")
-        value = getattr(getattr(setup.config, section, None), name, None)
-        if value is not None and not _OPERATORS[sign](value, bound):
-            return f"{key} = {value} is out of range; it must be {sign} {bound}"
-    return None
+    return out_of_bounds(setup.config)
 
 
 def run_name(setup: Setup) -> str | None:

@@ -9,15 +9,15 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_io import RUN_RECORD, resolved
 from megatron_riskpo.errors import UsageError
 
-# What may change within a run: where it lives, how long it is, what it writes down, and how the work is laid out,
-# which changes its speed but not what is computed.
+# What may change within a run: where it lives, how long it is, what it writes down, what ends it, and how the work is
+# laid out, which changes its speed but not what is computed.
 FREE_SECTIONS = ("bridge", "evaluation", "checkpoint", "logging")
 FREE_OPTIONS = (
     *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s"),
     *("actor.tp", "actor.pp", "actor.sequence_parallel", "actor.micro_batch_tokens"),
     *("rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
     *("rewards.workers", "rewards.timeout_s"),
-    "mismatch.abort_above",
+    *("mismatch.abort_above", "optimizer.max_skipped_steps"),
 )
 _ABSENT = object()
 

@@ -60,7 +60,7 @@ def run_sft(config: SftConfig, env: RankEnv, stop: StopSignal) -> int:
 
 
 def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) -> None:
-    from megatron_riskpo.actor.actor import Actor, supervised_loss
+    from megatron_riskpo.actor.actor import Actor, summarize_steps, supervised_loss
 
     data = config.data
     examples = load_questions(data.train, size=data.train_size, seed=config.run.seed, options=data.options)
@@ -82,15 +82,17 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
         hf_config, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid, config.model.path or None
     )
     with Observer(run_dir, LoggingConfig(), config.sft.steps, 0, is_writer=grid.rank == 0) as observer:
-        losses: list[float] = []
+        recent: list[dict[str, float]] = []
         for step in range(1, config.sft.steps + 1):
             batch = solved_examples([encoded[row] for row in stream.next_batch()])
             with observer.phase("update"):
                 _, metrics = actor.train_step(batch, supervised_loss(batch), 1.0, config.sft.steps)
-            losses.append(metrics["sft/loss"])
+            recent.append(metrics)
+            if metrics["actor/skipped_steps"]:
+                observer.log(f"step {step}: optimizer step skipped, its gradients were not finite")
             if step % RECORD_EVERY == 0 or step == config.sft.steps:
-                observer.record(step, metrics | {"sft/loss": sum(losses) / len(losses)})
-                losses.clear()
+                observer.record(step, summarize_steps(recent))
+                recent.clear()
             if step < config.sft.steps and agree(stop, grid.world):
                 raise RunError(
                     f"stopped by a signal after step {step} of {config.sft.steps}; no model was exported; "

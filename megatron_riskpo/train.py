@@ -60,7 +60,7 @@ def _build(
 ) -> Any:
     # Megatron may only be imported once rank_runtime has put the CPU backend in place.
     from megatron_riskpo.actor.actor import Actor
-    from megatron_riskpo.actor.reference import ReferenceWeights
+    from megatron_riskpo.actor.reference import reference_weights
     from megatron_riskpo.objective import Objective
     from megatron_riskpo.resharding.bridge import Bridge
     from megatron_riskpo.rewards.pool import MATH_GRADER, GraderPool
@@ -79,7 +79,7 @@ def _build(
         raise UsageError(shortage)
     actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
     # Now: the actor's weights are those of model.path only until a checkpoint is loaded.
-    reference = ReferenceWeights(torch.nn.ModuleList(actor.chunks)) if config.loss.kl_coefficient else None
+    reference = reference_weights(torch.nn.ModuleList(actor.chunks), config.loss)
     engine = _build_engine(config, actor, grid)
     stack.callback(engine.close)
     pool = GraderPool(MATH_GRADER, config.rewards.workers, config.rewards.timeout_s)

@@ -165,13 +165,20 @@ class Trainer:
         return torch.Generator().manual_seed(sample_seeds(self.config.run.seed, self.step, 1, "bundles")[0])
 
     def update(self, rollouts: Rollouts, advantages: Tensor, tokens: TokenInputs) -> UpdateOutputs:
-        """The step's optimizer steps."""
+        """The step's optimizer steps; says it where some were skipped."""
         config = self.config
-        return self.actor.update(
+        outputs = self.actor.update(
             rollouts, advantages.flatten(), tokens, config.loss, config.rollout.temperature,
             config.rollout.max_response_tokens,
             num_optimizer_steps_total=config.run.steps * config.actor.mini_batches,
         )  # fmt: skip
+        num_skipped = int(outputs.metrics["actor/skipped_steps"])
+        if num_skipped:
+            self.observer.log(
+                f"step {self.step}: {num_skipped} of {config.actor.mini_batches} optimizer steps skipped, their "
+                "gradients were not finite"
+            )
+        return outputs
 
     def rollout_metrics(self, rollouts: Rollouts) -> dict[str, float]:
         """rollout/* of all that was sampled."""

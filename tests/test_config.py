@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_riskpo.config import SftConfig, TrainConfig
+from megatron_riskpo.config_bounds import BOUNDS
 from megatron_riskpo.config_checks import (
     SFT_RULES,
     TRAIN_RULES,
@@ -279,9 +280,7 @@ def test_default_sft_passes() -> None:
 
 
 def test_every_bound_names_an_option() -> None:
-    from megatron_riskpo.config_checks import _BOUNDS
-
-    assert {key for key, _, _ in _BOUNDS} <= set(leaf_types(TrainConfig)) | set(leaf_types(SftConfig))
+    assert {key for key, _, _ in BOUNDS} <= set(leaf_types(TrainConfig)) | set(leaf_types(SftConfig))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def changed(section: str, **values: object) -> TrainConfig:
         ("data", {"options": {"max_terms": 3}}, ["data.options.max_terms (not set) -> 3"]),
         ("evaluation", {"ks": (1, 2), "every": 3}, []),
         ("mismatch", {"abort_above": 1.0, "cap": 3.0}, ["mismatch.cap 2.0 -> 3.0"]),
+        ("optimizer", {"max_skipped_steps": 0, "lr": 1.0}, ["optimizer.lr 1e-06 -> 1.0"]),
         ("rewards", {"workers": 3, "timeout_s": 1.0, "answer_form": "boxed"}, ['rewards.answer_form "any" -> "boxed"']),
     ],
 )

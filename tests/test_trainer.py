@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_riskpo.actor.actor import UpdateOutputs
 from megatron_riskpo.algorithms.config import MismatchConfig, PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.collect import Groups
-from megatron_riskpo.config import RewardConfig, RolloutConfig, TrainConfig
+from megatron_riskpo.config import ActorConfig, RewardConfig, RolloutConfig, TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rewards.scoring import Rewards
 from megatron_riskpo.rollout.types import Rollouts
@@ -98,6 +99,20 @@ def test_forward_passes_are_made_only_where_needed(mini_batches, changes, num_pa
     assert passes == [1.0] * num_passes
     assert (tokens.ref_logprobs is not None) == bool(config.loss.kl_coefficient)
     assert ("mismatch/k3" in mismatch) == (tokens.old_logprobs is not None)
+
+
+@pytest.mark.parametrize("num_skipped", [0, 2])
+def test_skipped_optimizer_steps_are_said_aloud(num_skipped):
+    lines: list[str] = []
+    outputs = UpdateOutputs({"actor/skipped_steps": float(num_skipped)}, torch.zeros(10))
+    one = trainer(
+        TrainConfig(actor=ActorConfig(mini_batches=4)),
+        actor=SimpleNamespace(update=lambda *args, **kwargs: outputs),
+        observer=SimpleNamespace(log=lines.append),
+    )
+    assert one.update(two_groups().rollouts, torch.zeros(2, 2), TokenInputs()) is outputs
+    expected = "step 3: 2 of 4 optimizer steps skipped, their gradients were not finite"
+    assert lines == ([expected] if num_skipped else [])
 
 
 def test_sample_rows_show_both_rewards():

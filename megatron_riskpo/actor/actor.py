@@ -1,12 +1,11 @@
 """The actor: a Megatron model that scores rollouts, learns from them, and gives its weights away."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -17,7 +16,8 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_riskpo.actor.model import PolicyModel, build_policy_model
+from megatron_riskpo.actor.gradient_health import GuardedOptimizer
+from megatron_riskpo.actor.model import PolicyModel, build_policy_model, named_parameters
 from megatron_riskpo.actor.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megatron_riskpo.actor.optimizer_offload import OffloadedState
 from megatron_riskpo.actor.packing import MicroBatch, plan_micro_batches
@@ -34,7 +34,6 @@ from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.config_io import load_model_config
 from megatron_riskpo.distributed.grid import RankGrid
-from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.export import export_weights, plan_export
 from megatron_riskpo.rollout.types import Rollouts
 
@@ -44,7 +43,8 @@ class UpdateOutputs:
     """What one pass of updates did."""
 
     metrics: dict[str, float]
-    """actor/*: means over the mini-batches, the same on every rank."""
+    """actor/*, the same on every rank: means over the mini-batches whose step was taken (over all, so nan or inf, where
+    none was); actor/skipped_steps is how many were not."""
     logprobs: Tensor
     """float32 [num_response_tokens]: each response token's log-prob just before its mini-batch's optimizer step."""
 
@@ -71,6 +71,7 @@ class Actor:
         self.optimizer = build_optimizer(self.model, optimizer, config, dtype)
         self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
         self._offloaded = OffloadedState(self.optimizer) if config.offload_optimizer else None
+        self.guarded = GuardedOptimizer(self.optimizer, optimizer.max_skipped_steps, grid)
         self.num_optimizer_steps = 0
         self._export_plan = plan_export(self.chunks, self.family, self.shape, grid)
 
@@ -114,13 +115,13 @@ class Actor:
             logprobs, summed = self.train_step(mini_batch, micro_loss, temperature, num_optimizer_steps_total)
             logprob_pieces.append(logprobs)
             metrics.append(summed)
-        means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-        return UpdateOutputs(means, torch.cat(logprob_pieces))
+        return UpdateOutputs(summarize_steps(metrics), torch.cat(logprob_pieces))
 
     def train_step(
         self, rollouts: Rollouts, loss: MicroBatchLoss, temperature: float, num_optimizer_steps_total: int
     ) -> tuple[Tensor, dict[str, float]]:
-        """One optimizer step on a mini-batch: its log-probs before the step, and its metrics."""
+        """One optimizer step on a mini-batch, or none if its gradients are not finite: its log-probs before the step,
+        and its metrics. Raises RunError, on every rank, after too many steps without finite gradients."""
         plan = self._plan(rollouts)
         for chunk in self.model:
             chunk.zero_grad_buffer()
@@ -130,15 +131,12 @@ class Actor:
             self.optimizer, learning_rate(self.optimizer_config, self.num_optimizer_steps, num_optimizer_steps_total)
         )
         with self.optimizer_state():
-            _, grad_norm, _ = cast(tuple, self.optimizer.step())
-        if not math.isfinite(grad_norm):
-            raise RunError(
-                f"gradient norm is {grad_norm} at optimizer step {self.num_optimizer_steps}; the last checkpoint is "
-                "as it was: lower optimizer.lr or set optimizer.clip_grad, and run again"
-            )
+            grad_norm, taken = self.guarded.step(self.num_optimizer_steps, named_parameters(self.chunks))
+        # A skipped step counts as well: the learning rate is a function of the RL step, whatever became of it.
         self.num_optimizer_steps += 1
         logprobs = gather_logprobs([r.pop("logprobs") for r in results], plan, rollouts, self.grid)
-        return logprobs, sum_metrics(results, self.grid) | {"actor/grad_norm": float(grad_norm)}
+        health = {"actor/grad_norm": grad_norm, "actor/skipped_steps": float(not taken)}
+        return logprobs, sum_metrics(results, self.grid) | health
 
     def optimizer_state(self) -> AbstractContextManager[None]:
         """What has to be around every use of the optimizer's state: an offloaded one is on the device in the body."""
@@ -193,6 +191,13 @@ def wrap_for_training(
         model, None, **kwargs
     )
     return model
+
+
+def summarize_steps(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Several optimizer steps' metrics as one's: UpdateOutputs.metrics says how."""
+    taken = [m for m in metrics if not m["actor/skipped_steps"]] or metrics
+    means = {name: sum(m[name] for m in taken) / len(taken) for name in taken[0]}
+    return means | {"actor/skipped_steps": sum(m["actor/skipped_steps"] for m in metrics)}
 
 
 def policy_micro_loss(

@@ -31,8 +31,7 @@ def build_optimizer(
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
             adam_eps=config.eps,
-            # Megatron takes the norm only if it may clip; without clipping it is still looked at and logged.
-            clip_grad=config.clip_grad or math.inf,
+            clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=actor.distributed_optimizer,
@@ -87,8 +86,13 @@ def unshare_steps(optimizer: MegatronOptimizer) -> None:
                 state["step"] = state["step"].clone()
 
 
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Those that a ChainedOptimizer is made of; any other is its own."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in inner_optimizers(optimizer):
         if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
             yield inner.optimizer
 
