@@ -16,9 +16,10 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_riskpo.actor.micro_batches import WorkModel, plan_micro_batches
 from megatron_riskpo.actor.model import PolicyModel, build_policy_model
 from megatron_riskpo.actor.optimizer import build_optimizer, learning_rate, set_learning_rate
-from megatron_riskpo.actor.packing import MicroBatch, plan_micro_batches
+from megatron_riskpo.actor.packing import MicroBatch
 from megatron_riskpo.actor.passes import MicroBatchLoss, gather_logprobs, run_passes, sum_metrics
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.covariance import covariant_tokens
@@ -150,7 +151,8 @@ class Actor:
         save_hf(target, self.export_weights(), self.hf_config, add_files, is_writer=self.grid.rank == 0)
 
     def _plan(self, rollouts: Rollouts) -> list[list[list[int]]]:
-        return plan_micro_batches(rollouts.lengths.tolist(), self.grid.dp.size(), self.config.micro_batch_tokens)
+        work = WorkModel.from_hf_config(self.hf_config)
+        return plan_micro_batches(rollouts.lengths.tolist(), self.grid.dp.size(), self.config.micro_batch_tokens, work)
 
     def _run(
         self, rollouts: Rollouts, plan: Sequence[Sequence[Sequence[int]]], temperature: float,
