@@ -128,7 +128,8 @@ class ActorConfig:
     mini_batches: int = 1
     """Optimizer steps an RL step; the responses are split evenly, whole groups together."""
     micro_batch_tokens: int = 8192
-    """Packed tokens a micro-batch holds at most (one longer sequence still goes alone)."""
+    """Packed tokens that a micro-batch puts on a rank at most (one longer sequence still goes alone); with context
+    parallelism the micro-batch holds cp times as many."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: none; the core attention's; or all but the input of each
     layer."""

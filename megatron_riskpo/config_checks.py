@@ -252,13 +252,17 @@ def too_few_questions(config: TrainConfig, num_questions: int) -> str | None:
 
 
 def mini_batches(setup: Setup) -> str | None:
-    num, prompts, dp = setup.config.actor.mini_batches, setup.config.data.prompts_per_step, setup.data_parallel
-    if prompts % (num * dp):
+    num, prompts, rollout = setup.config.actor.mini_batches, setup.config.data.prompts_per_step, setup.config.rollout
+    if prompts % num:
         return (
-            f"data.prompts_per_step = {prompts} cannot be split into actor.mini_batches = {num} times {dp} "
-            f"data-parallel ranks, whole groups together; use {_multiples(num * dp, prompts)} prompts"
+            f"data.prompts_per_step = {prompts} cannot be split into actor.mini_batches = {num}, whole groups "
+            f"together; use {_multiples(num, prompts)} prompts"
         )
-    return None
+    size = prompts // num * rollout.group_size
+    longest = setup.config.data.max_prompt_tokens + rollout.max_response_tokens
+    return _unsplittable(
+        setup, f"data.prompts_per_step = {prompts} makes mini-batches of {size} responses, which", size, longest
+    )
 
 
 def kl_cov(setup: Setup) -> str | None:
@@ -275,11 +279,8 @@ def kl_cov(setup: Setup) -> str | None:
 
 
 def sft_batch(setup: Setup) -> str | None:
-    size, dp = setup.config.sft.batch_size, setup.data_parallel
-    if size % dp:
-        valid = _multiples(dp, size)
-        return f"sft.batch_size = {size} cannot be split over {dp} data-parallel ranks; use {valid} examples"
-    return None
+    size = setup.config.sft.batch_size
+    return _unsplittable(setup, f"sft.batch_size = {size}", size, setup.model["max_position_embeddings"])
 
 
 def lengths(setup: Setup) -> str | None:
@@ -345,6 +346,18 @@ SFT_RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     sft_batch,
 )
+
+
+def _unsplittable(setup: Setup, what: str, size: int, longest: int) -> str | None:
+    """What to say where a batch may have too few sequences (of at most `longest` tokens) for equally many micro-batches
+    on all ranks. Shares of one size always do; others, where any two sequences fit into a micro-batch."""
+    dp, budget = setup.data_parallel, setup.config.actor.micro_batch_tokens
+    if size % dp == 0 or (size > dp and 2 * longest <= budget):
+        return None
+    remedy = f"use {_multiples(dp, size)}"
+    if size > dp:
+        remedy += f", or actor.micro_batch_tokens = {2 * longest}, so that any two sequences fit into a micro-batch"
+    return f"{what} cannot be split over {dp} data-parallel ranks; {remedy}"
 
 
 def _undivided(option: str, tp: int, sizes: Mapping[str, int]) -> str | None:

@@ -162,8 +162,17 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         ),
         (["--rollout.group_size", "1", "--algorithm.estimator", "grpo"], 1, "rollout.group_size = 1"),
         (["--algorithm.estimator", "gropo"], 1, "did you mean grpo?"),
-        (["--actor.mini_batches", "3"], 1, "actor.mini_batches = 3 times 1 data-parallel ranks"),
-        (["--actor.mini_batches", "2"], 3, "use 36 or 42 prompts"),
+        (["--actor.mini_batches", "3"], 1, "actor.mini_batches = 3, whole groups together; use 39 or 42 prompts"),
+        (
+            ["--actor.mini_batches", "2", "--actor.micro_batch_tokens", "639"],
+            3,
+            "makes mini-batches of 160 responses, which cannot be split over 3 data-parallel ranks; use 159 or 162, "
+            "or actor.micro_batch_tokens = 640, so that any two sequences fit into a micro-batch",
+        ),
+        (
+            ["--actor.mini_batches", "40"],
+            9,
+            "makes mini-batches of 8 responses, which cannot be split over 9 data-parallel ranks; use 9",
         (
             ["--loss.kind", "kl_cov"],
             1,
@@ -256,7 +265,11 @@ def test_vllm_that_is_not_installed_names_both_ways_out(toml, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
-        (["--sft.batch_size", "7"], 2, "sft.batch_size = 7 cannot be split over 2 data-parallel ranks; use 6 or 8"),
+        (
+            ["--sft.batch_size", "7", "--shape.max_position_embeddings", "5000"],
+            2,
+            "sft.batch_size = 7 cannot be split over 2 data-parallel ranks; use 6 or 8, or actor.micro_batch_tokens = ",
+        ),
         (["--shape.hidden_size", "100"], 1, "use hidden_size 96 or 104"),
         (
             ["--shape.num_key_value_heads", "3"],
@@ -272,6 +285,13 @@ def test_sft_checks(overrides, world_size: int, message: str, toml) -> None:
     with pytest.raises(UsageError) as caught:
         check_sft(config, world_size, model_from_shape(config.shape))
     assert message in str(caught.value)
+
+
+def test_batches_need_not_divide_over_the_ranks(toml) -> None:
+    uneven = ["--actor.mini_batches", "2", "--actor.micro_batch_tokens", "640"]
+    check_train(load_config(TrainConfig, toml(), [*BASE, *uneven]), 3, MODEL)
+    warm_start = load_config(SftConfig, toml(), ["--sft.batch_size", "7"])
+    check_sft(warm_start, 2, model_from_shape(warm_start.shape))
 
 
 def test_default_sft_passes() -> None:

@@ -17,10 +17,11 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_riskpo.actor.gradient_health import GuardedOptimizer
+from megatron_riskpo.actor.micro_batches import WorkModel, plan_micro_batches
 from megatron_riskpo.actor.model import PolicyModel, build_policy_model, named_parameters
 from megatron_riskpo.actor.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megatron_riskpo.actor.optimizer_offload import OffloadedState
-from megatron_riskpo.actor.packing import MicroBatch, plan_micro_batches
+from megatron_riskpo.actor.packing import MicroBatch
 from megatron_riskpo.actor.passes import MicroBatchLoss, gather_logprobs, run_passes, sum_metrics
 from megatron_riskpo.actor.sequence_split import SequenceSplit
 from megatron_riskpo.algorithms.config import PolicyLossConfig
@@ -70,6 +71,7 @@ class Actor:
         self.model = wrap_for_training(self.chunks, config, dtype)
         self.optimizer = build_optimizer(self.model, optimizer, config, dtype)
         self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss
+        self._split = SequenceSplit(config.cp, grid.cp.rank(), config.tp if config.sequence_parallel else 1)
         self._offloaded = OffloadedState(self.optimizer) if config.offload_optimizer else None
         self.guarded = GuardedOptimizer(self.optimizer, optimizer.max_skipped_steps, grid)
         self.num_optimizer_steps = 0
@@ -151,19 +153,20 @@ class Actor:
         save_hf(target, self.export_weights(), self.hf_config, add_files, is_writer=self.grid.rank == 0)
 
     def _plan(self, rollouts: Rollouts) -> list[list[list[int]]]:
-        return plan_micro_batches(rollouts.lengths.tolist(), self.grid.dp.size(), self.config.micro_batch_tokens)
+        work = WorkModel.from_hf_config(self.hf_config)
+        multiple = self._split.sequence_multiple
+        lengths = -(-rollouts.lengths // multiple) * multiple
+        # The interleaved schedule goes through micro-batches in groups of pp.
+        group = self.config.pp if self.config.vp > 1 else 1
+        max_tokens = self.config.micro_batch_tokens * self.config.cp
+        return plan_micro_batches(lengths.tolist(), self.grid.dp.size(), max_tokens, work, group)
 
     def _run(
         self, rollouts: Rollouts, plan: Sequence[Sequence[Sequence[int]]], temperature: float,
         loss: MicroBatchLoss | None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        split = SequenceSplit(
-            self.grid.cp.size(),
-            self.grid.cp.rank(),
-            self.grid.tp.size() if self.config.sequence_parallel else 1,
-        )
         micro_batches = plan[self.grid.dp.rank()]
-        return run_passes(self.model, rollouts, micro_batches, temperature, split, self.grid.device, loss)
+        return run_passes(self.model, rollouts, micro_batches, temperature, self._split, self.grid.device, loss)
 
 
 def wrap_for_training(

@@ -1,4 +1,4 @@
-"""Which sequences go together: ragged rollouts to data-parallel ranks and packed micro-batches. No padding."""
+"""A packed micro-batch: the sequences that go through the model together, end to end, without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,56 +48,6 @@ class MicroBatch:
     """int64 [m]: where these targets stand among all n."""
     response_lengths: Tensor
     """int64 [len(rows)]; sums to n."""
-
-
-def _largest_first(lengths: Sequence[int], num_bins: int, bin_capacity: int | None = None) -> list[list[int]]:
-    """Each sequence, longest first, into the least loaded bin (that holds fewer than bin_capacity sequences)."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        open_bins = [b for b in range(num_bins) if bin_capacity is None or len(bins[b]) < bin_capacity]
-        lightest = min(open_bins, key=lambda b: (loads[b], b))
-        bins[lightest].append(i)
-        loads[lightest] += lengths[i]
-    return [sorted(members) for members in bins]
-
-
-def _bins_needed(lengths: Sequence[int], max_tokens: int) -> int:
-    """Micro-batches that hold these sequences within the budget (first-fit, longest first)."""
-    loads: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = next((b for b, load in enumerate(loads) if load + length <= max_tokens), None)
-        if fitting is None:
-            loads.append(length)
-        else:
-            loads[fitting] += length
-    return len(loads)
-
-
-def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """plan[rank][micro_batch] = sequence indices; every rank has equally many sequences and micro-batches.
-
-    `lengths` are in tokens; a micro-batch holds at most max_tokens, but for a single longer sequence. num_ranks must
-    divide len(lengths).
-    """
-    if len(lengths) % num_ranks:
-        raise ValueError(f"{len(lengths)} sequences do not divide over {num_ranks} data-parallel ranks")
-    per_rank = _largest_first(lengths, num_ranks, bin_capacity=len(lengths) // num_ranks)
-    rank_lengths = [[lengths[i] for i in rows] for rows in per_rank]
-    num_bins = max(_bins_needed(of_rank, max_tokens) for of_rank in rank_lengths)
-    bins = [_largest_first(of_rank, num_bins) for of_rank in rank_lengths]
-    # Balancing fills bins otherwise than first-fit did, and may need one more.
-    while any(_overfull(members, of_rank, max_tokens) for members, of_rank in zip(bins, rank_lengths, strict=True)):
-        num_bins += 1
-        bins = [_largest_first(of_rank, num_bins) for of_rank in rank_lengths]
-    return [
-        [[rows[i] for i in micro_batch] for micro_batch in members]
-        for members, rows in zip(bins, per_rank, strict=True)
-    ]
-
-
-def _overfull(bins: list[list[int]], lengths: Sequence[int], max_tokens: int) -> bool:
-    return any(len(members) > 1 and sum(lengths[i] for i in members) > max_tokens for members in bins)
 
 
 def pack(rollouts: Rollouts, rows: Sequence[int], split: SequenceSplit, device: torch.device) -> MicroBatch:

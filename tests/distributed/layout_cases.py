@@ -109,7 +109,7 @@ LAYOUTS: dict[int, dict[str, ActorConfig]] = {
         "tp2": _layout(tp=2),
         "tp2 sp": _layout(tp=2, sequence_parallel=True),
         "pp2": _layout(pp=2),
-        "pp2 vp2": _layout(pp=2, vp=2, micro_batch_tokens=110),
+        "pp2 vp2": _layout(pp=2, vp=2),
         "pp2, layers 1 + 3": _layout(pp=2, first_stage_layers=1),
         "cp2": _layout(cp=2),
         "dp2": _layout(),
