@@ -7,6 +7,10 @@ from typing import Any, cast
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -32,7 +36,8 @@ class Scoring:
 
 
 class PolicyModel(GPTModel):
-    """With `scoring` the last stage returns float32 [2, n]: log-probs and entropies (nats) of the targets.
+    """With `scoring` the last stage returns log-probs and entropies (nats) of the targets, both float32 [n]. They are
+    two tensors so that a loss without the entropy has no gradient for it.
 
     Only the hidden states that predict a target go through the output layer.
     """
@@ -42,7 +47,8 @@ class PolicyModel(GPTModel):
         self.real_vocab_size = real_vocab_size
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None,
-                *args: Any, scoring: Scoring | None = None, **kwargs: Any) -> Tensor:  # fmt: skip
+                *args: Any, scoring: Scoring | None = None,
+                **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         if scoring is None:
             return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
         packed = kwargs["packed_seq_params"]
@@ -61,23 +67,20 @@ class PolicyModel(GPTModel):
         )
         return self._score(hidden, scoring) if self.post_process else hidden
 
-    def _score(self, hidden: Tensor, scoring: Scoring) -> Tensor:
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        # Under sequence parallelism the output layer itself gathers the positions, so it has to see them all.
-        gathers = self.config.sequence_parallel
-        if not gathers:
-            hidden = hidden.index_select(0, scoring.predictor)
-        logits, _ = self.output_layer(hidden, weight=weight)
-        logits = logits[:, 0]
-        if gathers:
-            logits = logits.index_select(0, scoring.predictor)
-        first_id = self.pg_collection.tp.rank() * logits.size(1)
-        # The vocabulary is padded at its end so that tp divides it; padding entries take no probability.
-        num_real = max(0, min(logits.size(1), self.real_vocab_size - first_id))
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits[:, :num_real], scoring.targets, first_id, scoring.temperature, self.pg_collection.tp
-        )
-        return torch.stack([logprobs, entropy])
+    def _score(self, hidden: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        tp = self.pg_collection.tp
+        # Either mapping adds up the gradients of the ranks, which hold a shard of the vocabulary each.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
+            hidden = hidden.index_select(0, scoring.predictor)[:, 0]
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden.index_select(0, scoring.predictor)[:, 0], group=tp)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        first_id = tp.rank() * weight.size(0)
+        # The vocabulary is padded at its end so that tp divides it.
+        num_real = max(0, min(weight.size(0), self.real_vocab_size - first_id))
+        return vocab_parallel_logprobs(hidden, weight, scoring.targets, first_id, num_real, scoring.temperature, tp)
 
 
 def build_policy_model(
@@ -101,8 +104,9 @@ def build_policy_model(
     )
 
 
-def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -> Tensor:
-    """One forward pass: float32 [2, n] on the last pipeline stage, hidden states on the others."""
+def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -> Tensor | tuple[Tensor, Tensor]:
+    """One forward pass: log-probs and entropies, both float32 [n], on the last pipeline stage; hidden states on the
+    others."""
     return model(
         batch.input_ids,
         batch.position_ids,
