@@ -173,6 +173,7 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
             ["--actor.mini_batches", "40"],
             9,
             "makes mini-batches of 8 responses, which cannot be split over 9 data-parallel ranks; use 9",
+        ),
         (
             ["--loss.kind", "kl_cov"],
             1,

@@ -8,7 +8,11 @@ from typing import Any, cast
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -40,7 +44,8 @@ class Scoring:
 
 
 class PolicyModel(GPTModel):
-    """With `scoring` the last stage returns float32 [2, n]: log-probs and entropies (nats) of the targets.
+    """With `scoring` the last stage returns log-probs and entropies (nats) of the targets, both float32 [n]. They are
+    two tensors so that a loss without the entropy has no gradient for it.
 
     Only the hidden states that predict a target go through the output layer.
     """
@@ -50,7 +55,8 @@ class PolicyModel(GPTModel):
         self.real_vocab_size = real_vocab_size
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None,
-                *args: Any, scoring: Scoring | None = None, **kwargs: Any) -> Tensor:  # fmt: skip
+                *args: Any, scoring: Scoring | None = None,
+                **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         if scoring is None:
             return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
         packed = kwargs["packed_seq_params"]
@@ -69,33 +75,33 @@ class PolicyModel(GPTModel):
         )
         return self._score(hidden, scoring) if self.post_process else hidden
 
-    def _score(self, hidden: Tensor, scoring: Scoring) -> Tensor:
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        # Under sequence parallelism the output layer itself gathers the positions, so it has to see them all.
-        gathers = self.config.sequence_parallel
-        if not gathers:
-            hidden = hidden.index_select(0, scoring.predictor)
-        logits, _ = self.output_layer(hidden, weight=weight)
-        logits = logits[:, 0]
-        if gathers:
-            logits = logits.index_select(0, scoring.predictor)
-        first_id = self.pg_collection.tp.rank() * logits.size(1)
-        # The vocabulary is padded at its end so that tp divides it; padding entries take no probability.
-        num_real = max(0, min(logits.size(1), self.real_vocab_size - first_id))
-        logprobs, entropy = vocab_parallel_logprobs(
-            logits[:, :num_real], scoring.targets, first_id, scoring.temperature, self.pg_collection.tp
+    def _score(self, hidden: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        tp = self.pg_collection.tp
+        # Either mapping adds up the gradients of the ranks, which hold a shard of the vocabulary each.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
+            hidden = hidden.index_select(0, scoring.predictor)[:, 0]
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden.index_select(0, scoring.predictor)[:, 0], group=tp)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        first_id = tp.rank() * weight.size(0)
+        # The vocabulary is padded at its end so that tp divides it.
+        num_real = max(0, min(weight.size(0), self.real_vocab_size - first_id))
+        logprobs, entropies = vocab_parallel_logprobs(
+            hidden, weight, scoring.targets, first_id, num_real, scoring.temperature, tp
         )
-        return self._join_context(torch.stack([logprobs, entropy]), scoring)
+        return self._join_context(logprobs, scoring), self._join_context(entropies, scoring)
 
-    def _join_context(self, scores: Tensor, scoring: Scoring) -> Tensor:
-        """[2, m] of this rank's targets -> [2, n] of all, on every context-parallel rank.
+    def _join_context(self, values: Tensor, scoring: Scoring) -> Tensor:
+        """[m] of this rank's targets -> [n] of all, on every context-parallel rank.
 
         Every one of them then computes the whole loss; the way back hands each the gradient of its own targets.
         """
         cp = self.pg_collection.cp
         if cp.size() == 1:
-            return scores
-        joined = scores.new_zeros(2, scoring.num_targets).index_copy(1, scoring.slots, scores)
+            return values
+        joined = values.new_zeros(scoring.num_targets).index_copy(0, scoring.slots, values)
         return reduce_from_tensor_model_parallel_region(joined, group=cp)
 
 
@@ -141,8 +147,9 @@ def _reduce_over_experts(model: PolicyModel) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -> Tensor:
-    """One forward pass: float32 [2, n] on the last pipeline stage, hidden states on the others."""
+def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -> Tensor | tuple[Tensor, Tensor]:
+    """One forward pass: log-probs and entropies, both float32 [n], on the last pipeline stage; hidden states on the
+    others."""
     return model(
         batch.input_ids,
         batch.position_ids,

@@ -35,15 +35,15 @@ def run_passes(
     and the loss's metrics.
     """
 
-    def forward_step(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Tensor, Callable]:
+    def forward_step(batches: Iterator[MicroBatch], stage: nn.Module) -> tuple[Any, Callable]:
         batch = next(batches)
         output = score_micro_batch(stage, batch, temperature)
 
-        def loss_function(scores: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            logprobs, entropies = scores[0], scores[1]
+        def loss_function(scores: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            logprobs, entropies = scores
             collected: dict[str, Any] = {"logprobs": logprobs.detach()}
             if loss is None:
-                return scores.sum(), torch.tensor(1), collected
+                return logprobs.sum(), torch.tensor(1), collected
             contribution, metrics = loss(batch, logprobs, entropies)
             return contribution, torch.tensor(1), collected | metrics
 
