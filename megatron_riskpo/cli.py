@@ -154,7 +154,7 @@ def _checked_sft(args: argparse.Namespace, env: RankEnv | None) -> tuple["SftCon
 
 
 def _world_size(config: Any, env: RankEnv | None) -> int:
-    return env.world_size if env else config.run.ranks or config.actor.tp * config.actor.pp
+    return env.world_size if env else config.run.ranks or config.actor.tp * config.actor.cp * config.actor.pp
 
 
 def _registry_asked_for(arguments: list[str]) -> str | None:

@@ -23,7 +23,7 @@ class RunConfig:
     seed: int = 1234
     """Seeds data order, sampling, bundles and initial weights; the same seed gives the same run."""
     ranks: int = 0
-    """Processes that a bare `riskpo` starts on this machine; 0: actor.tp * actor.pp. Not used under
+    """Processes that a bare `riskpo` starts on this machine; 0: actor.tp * actor.cp * actor.pp. Not used under
     torchrun or srun."""
     timeout_s: float = 600.0
     """A collective that waits longer than this, in seconds, ends the run (a peer is dead or hung)."""

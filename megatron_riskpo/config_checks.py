@@ -5,36 +5,16 @@ A rule takes a Setup and returns what is wrong, with the numbers and the nearest
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_riskpo.config import PROBE_LENGTH, ModelShapeConfig, SftConfig, TrainConfig
 from megatron_riskpo.config_bounds import out_of_bounds
+from megatron_riskpo.config_layout import LAYOUT_RULES, mlp_columns
+from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
 from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the rules look at."""
-
-    config: Any
-    """TrainConfig or SftConfig."""
-    world_size: int
-    """Ranks of the run."""
-    model: Mapping[str, Any]
-    """The model's Hugging Face config.json."""
-
-    @property
-    def data_parallel(self) -> int:
-        return self.world_size // (self.config.actor.tp * self.config.actor.pp)
-
-
-Rule = Callable[[Setup], str | None]
-
-_MLP_COLUMNS = "MLP columns (intermediate_size)"
 
 
 def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) -> None:
@@ -114,72 +94,16 @@ def model_folder(setup: Setup) -> str | None:
     return None
 
 
-def model_type(setup: Setup) -> str | None:
-    # Imported here: it brings in torch.
-    from megatron_riskpo.checkpoint.weight_map import family_of
-
-    try:
-        family_of(dict(setup.model))
-    except UsageError as error:
-        return f"{error}; choose another model.path"
-    return None
-
-
-def model_sizes(setup: Setup) -> str | None:
-    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
-    for key in sizes:
-        value = setup.model.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            return (
-                f"the model's config.json has {key} = {value!r}; a decoder-only language model with that size is needed"
-            )
-    return None
-
-
 def shape_heads(setup: Setup) -> str | None:
     shape = setup.config.shape
     if shape.hidden_size % (2 * shape.num_attention_heads):
-        valid = _multiples(2 * shape.num_attention_heads, shape.hidden_size)
+        valid = multiples(2 * shape.num_attention_heads, shape.hidden_size)
         return (
             f"shape.hidden_size = {shape.hidden_size} with {shape.num_attention_heads} heads gives no even head "
             f"dimension (rotary embeddings need one); use hidden_size {valid}"
         )
     if shape.num_attention_heads % shape.num_key_value_heads:
-        return _no_divisor("shape.num_key_value_heads", shape.num_key_value_heads, shape.num_attention_heads, "heads")
-    return None
-
-
-def world_split(setup: Setup) -> str | None:
-    actor = setup.config.actor
-    size = actor.tp * actor.pp
-    if setup.world_size % size:
-        return (
-            f"{setup.world_size} ranks cannot be split into groups of actor.tp * actor.pp = {actor.tp} * {actor.pp} "
-            f"= {size}; use {_multiples(size, setup.world_size)} ranks"
-        )
-    return None
-
-
-def tensor_parallel(setup: Setup) -> str | None:
-    """Megatron gives each rank whole query heads, whole key-value heads and equal MLP columns."""
-    heads = setup.model["num_attention_heads"]
-    sizes = {
-        "attention heads": heads,
-        "key-value heads": setup.model.get("num_key_value_heads") or heads,
-        _MLP_COLUMNS: setup.model["intermediate_size"],
-    }
-    return _undivided("actor.tp", setup.config.actor.tp, sizes)
-
-
-def pipeline_parallel(setup: Setup) -> str | None:
-    layers, pp = setup.model["num_hidden_layers"], setup.config.actor.pp
-    return _no_divisor("actor.pp", pp, layers, "layers of the model") if layers % pp else None
-
-
-def sequence_parallel(setup: Setup) -> str | None:
-    actor = setup.config.actor
-    if actor.sequence_parallel and actor.tp == 1:
-        return "actor.sequence_parallel = true needs actor.tp > 1, got actor.tp = 1; set it to false"
+        return no_divisor("shape.num_key_value_heads", shape.num_key_value_heads, shape.num_attention_heads, "heads")
     return None
 
 
@@ -192,15 +116,26 @@ def engine_available(setup: Setup) -> str | None:
     return None
 
 
+def engine_layout(setup: Setup) -> str | None:
+    actor = setup.config.actor
+    if setup.config.rollout.engine != "megatron":
+        return None
+    sizes = {"actor.vp": actor.vp, "actor.cp": actor.cp, "actor.ep": actor.ep}
+    for option, size in sizes.items():
+        if size > 1:
+            return f'{option} = {size} does not go with rollout.engine = "megatron"; set it to 1, or use vllm'
+    return None
+
+
 def engine_split(setup: Setup) -> str | None:
     rollout = setup.config.rollout
     if rollout.engine != "vllm":
         return None
     if setup.world_size % rollout.tp:
-        return _no_divisor("rollout.tp", rollout.tp, setup.world_size, "ranks")
+        return no_divisor("rollout.tp", rollout.tp, setup.world_size, "ranks")
     # vLLM copies key-value heads where there are fewer than ranks.
-    sizes = {"attention heads": setup.model["num_attention_heads"], _MLP_COLUMNS: setup.model["intermediate_size"]}
-    return _undivided("rollout.tp", rollout.tp, sizes)
+    sizes = {"attention heads": setup.model["num_attention_heads"], **mlp_columns(setup.model)}
+    return undivided("rollout.tp", rollout.tp, sizes)
 
 
 def algorithm(setup: Setup) -> str | None:
@@ -256,7 +191,7 @@ def mini_batches(setup: Setup) -> str | None:
     if prompts % num:
         return (
             f"data.prompts_per_step = {prompts} cannot be split into actor.mini_batches = {num}, whole groups "
-            f"together; use {_multiples(num, prompts)} prompts"
+            f"together; use {multiples(num, prompts)} prompts"
         )
     size = prompts // num * rollout.group_size
     longest = setup.config.data.max_prompt_tokens + rollout.max_response_tokens
@@ -311,22 +246,13 @@ def pass_at_k(setup: Setup) -> str | None:
     return None
 
 
-# The model and its layout over the ranks: the same for training and warm start.
-MODEL_RULES: tuple[Rule, ...] = (
-    model_folder,
-    model_type,
-    model_sizes,
-    tensor_parallel,
-    pipeline_parallel,
-    world_split,
-    sequence_parallel,
-)
-
 TRAIN_RULES: tuple[Rule, ...] = (
     bounds,
     run_name,
     templates,
-    *MODEL_RULES,
+    model_folder,
+    *LAYOUT_RULES,
+    engine_layout,
     engine_split,
     lengths,
     pass_at_k,
@@ -343,7 +269,8 @@ SFT_RULES: tuple[Rule, ...] = (
     run_name,
     templates,
     shape_heads,
-    *MODEL_RULES,
+    model_folder,
+    *LAYOUT_RULES,
     sft_batch,
 )
 
@@ -351,36 +278,15 @@ SFT_RULES: tuple[Rule, ...] = (
 def _unsplittable(setup: Setup, what: str, size: int, longest: int) -> str | None:
     """What to say where a batch may have too few sequences (of at most `longest` tokens) for equally many micro-batches
     on all ranks. Shares of one size always do; others, where any two sequences fit into a micro-batch."""
-    dp, budget = setup.data_parallel, setup.config.actor.micro_batch_tokens
-    if size % dp == 0 or (size > dp and 2 * longest <= budget):
+    actor, dp = setup.config.actor, setup.data_parallel
+    # Interleaved stages take micro-batches in groups of pp, each of which needs a sequence.
+    group = actor.pp if actor.vp > 1 else 1
+    least = dp * group
+    share = 2 * -(-longest // (2 * actor.cp)) if actor.cp > 1 else longest
+    if size % least == 0 or (size > least and 2 * share <= actor.micro_batch_tokens):
         return None
-    remedy = f"use {_multiples(dp, size)}"
-    if size > dp:
-        remedy += f", or actor.micro_batch_tokens = {2 * longest}, so that any two sequences fit into a micro-batch"
-    return f"{what} cannot be split over {dp} data-parallel ranks; {remedy}"
-
-
-def _undivided(option: str, tp: int, sizes: Mapping[str, int]) -> str | None:
-    """What to say of the first of the model's sizes that tp does not divide, with the nearest tp that divides all."""
-    for what, size in sizes.items():
-        if size % tp:
-            valid = [n for n in range(1, min(sizes.values()) + 1) if all(other % n == 0 for other in sizes.values())]
-            return f"{option} = {tp} does not divide the model's {size} {what}; use {_nearest(valid, tp)}"
-    return None
-
-
-def _no_divisor(option: str, value: int, total: int, what: str) -> str:
-    valid = [n for n in range(1, total + 1) if total % n == 0]
-    return f"{option} = {value} does not divide the {total} {what}; use {_nearest(valid, value)}"
-
-
-def _nearest(valid: list[int], value: int) -> str:
-    """The valid numbers next to `value`: "2 or 4"."""
-    below, above = [n for n in valid if n < value], [n for n in valid if n > value]
-    return " or ".join(str(n) for n in [*below[-1:], *above[:1]])
-
-
-def _multiples(unit: int, value: int) -> str:
-    """The multiples of `unit` next to `value`, which is none: "3 or 6"."""
-    below = value // unit * unit
-    return " or ".join(str(n) for n in (below, below + unit) if n)
+    remedy = f"use {multiples(least, size)}"
+    if size > least:
+        remedy += f", or actor.micro_batch_tokens = {2 * share}, so that any two sequences fit into a micro-batch"
+    groups = f" in groups of actor.pp = {actor.pp} micro-batches" if group > 1 else ""
+    return f"{what} cannot be split over {dp} data-parallel ranks{groups}; {remedy}"

@@ -14,7 +14,6 @@ from megatron_riskpo.config_bounds import BOUNDS
 from megatron_riskpo.config_checks import (
     SFT_RULES,
     TRAIN_RULES,
-    Setup,
     check_sft,
     check_train,
     max_sequence_length,
@@ -22,6 +21,7 @@ from megatron_riskpo.config_checks import (
     problems,
 )
 from megatron_riskpo.config_io import git_state, leaf_types, load_config, load_model_config, resolved, write_run_record
+from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.errors import UsageError
 
 MODEL = {
@@ -148,8 +148,26 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         (["--actor.tp", "3"], 3, "actor.tp = 3 does not divide the model's 4 attention heads; use 2"),
         (["--actor.tp", "4"], 4, "actor.tp = 4 does not divide the model's 2 key-value heads; use 2"),
         (["--actor.pp", "4"], 4, "actor.pp = 4 does not divide the 6 layers of the model; use 3 or 6"),
-        (["--actor.tp", "2"], 3, "actor.tp * actor.pp = 2 * 1 = 2; use 2 or 4 ranks"),
+        (["--actor.tp", "2"], 3, "actor.tp * actor.cp * actor.pp = 2 * 1 * 1 = 2; use 2 or 4 ranks"),
         (["--actor.sequence_parallel", "true"], 1, "needs actor.tp > 1"),
+        (["--actor.vp", "3"], 1, "actor.vp = 3 needs actor.pp > 1"),
+        (
+            ["--actor.vp", "2", "--actor.pp", "2"],
+            2,
+            "actor.vp = 2 does not divide the 3 layers of a pipeline stage; use 1 or 3",
+        ),
+        (["--actor.vp", "3", "--actor.pp", "2", "--actor.first_stage_layers", "2"], 2, "needs even stages"),
+        (["--actor.last_stage_layers", "2"], 1, "need actor.pp > 1"),
+        (["--actor.first_stage_layers", "3", "--actor.pp", "3"], 3, "leave 3 of 6 layers to 2 other stages"),
+        (["--actor.first_stage_layers", "6", "--actor.pp", "2"], 2, "leave 0 of 6 layers to 1 other stages"),
+        (
+            ["--actor.first_stage_layers", "2", "--actor.last_stage_layers", "3", "--actor.pp", "2"],
+            2,
+            "are 5 layers on the 2 stages, the model has 6",
+        ),
+        (["--actor.ep", "2"], 2, "actor.ep = 2, but the model has no experts; set it to 1"),
+        (["--actor.cp", "2"], 3, "actor.tp * actor.cp * actor.pp = 1 * 2 * 1 = 2; use 2 or 4 ranks"),
+        (["--actor.cp", "2"], 2, 'actor.cp = 2 does not go with rollout.engine = "megatron"'),
         (
             ["--rollout.engine", "vllm", "--rollout.tp", "2"],
             3,
@@ -210,6 +228,51 @@ def test_cross_checks_say_the_numbers_and_the_nearest_setting(overrides, world_s
         check_train(config, world_size, MODEL)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+MOE = MODEL | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "intermediate_size": 383,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["--actor.ep", "3"], 3, "actor.ep = 3 does not divide the 8 experts of a layer; use 2 or 4"),
+        (["--actor.ep", "8"], 4, "actor.ep = 8 does not divide the 4 ranks of a pipeline stage; use 4"),
+        (["--actor.ep", "2", "--actor.pp", "2"], 2, "actor.ep = 2 does not divide the 1 ranks of a pipeline stage"),
+        (["--actor.tp", "2"], 2, "actor.tp = 2 with experts needs actor.sequence_parallel = true"),
+    ],
+)
+def test_experts_need_ranks_that_they_divide_over(overrides, world_size: int, message: str, toml) -> None:
+    config = load_config(TrainConfig, toml(), [*BASE, *overrides])
+    with pytest.raises(UsageError) as caught:
+        check_train(config, world_size, MOE)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' in config.json is not supported; known: qwen2, qwen3, qwen3_moe"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window = true is not supported for qwen2; only false is"),
+        ({"model_type": "mistral"}, "sliding_window = 4096 is not supported for mistral; only null is"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias = true is not supported for llama"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn' is not supported; known: default, linear, llama3"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (MOE | {"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported for qwen3_moe; only [] is"),
+    ],
+)
+def test_models_that_would_be_computed_wrongly_are_refused(change, message: str, toml) -> None:
+    config = load_config(TrainConfig, toml(), BASE)
+    with pytest.raises(UsageError) as caught:
+        check_train(config, 1, MODEL | change)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (2, 3, 6), (1, 2, 4), (2, 1, 10)])

@@ -19,8 +19,9 @@ from megatron_riskpo.algorithms.advantages import ESTIMATORS
 from megatron_riskpo.algorithms.spectra import SPECTRA
 from megatron_riskpo.algorithms.surrogates import SURROGATES
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_checks import TRAIN_RULES, Setup, problems
+from megatron_riskpo.config_checks import TRAIN_RULES, problems
 from megatron_riskpo.config_io import load_config
+from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.errors import UsageError
 
 ROOT = Path(__file__).parents[1]

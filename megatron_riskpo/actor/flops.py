@@ -57,11 +57,16 @@ class ModelFlops:
         return (1 + BACKWARD) * self.forward(lengths, num_targets)
 
 
+def num_experts(config: Mapping[str, Any]) -> int:
+    """Experts of a mixture-of-experts layer, 0 in a dense model."""
+    # transformers 5 writes num_local_experts, earlier ones num_experts.
+    return config.get("num_local_experts") or config.get("num_experts") or 0
+
+
 def _active_mlp_weights(config: Mapping[str, Any], layer: int) -> int:
     """Weights of a gated MLP that a token meets: of the router and the experts it goes to, in a layer that has them."""
-    # transformers 5 writes num_local_experts, earlier ones num_experts.
-    hidden, num_experts = config["hidden_size"], config.get("num_local_experts") or config.get("num_experts") or 0
+    hidden, experts = config["hidden_size"], num_experts(config)
     every = config.get("decoder_sparse_step") or 1
-    if not num_experts or layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % every:
+    if not experts or layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % every:
         return 3 * hidden * config["intermediate_size"]
-    return hidden * num_experts + config["num_experts_per_tok"] * 3 * hidden * config["moe_intermediate_size"]
+    return hidden * experts + config["num_experts_per_tok"] * 3 * hidden * config["moe_intermediate_size"]

@@ -1,28 +1,15 @@
 """From a Hugging Face config.json to Megatron's TransformerConfig."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_riskpo.actor.rotary import rotary_frequencies
+from megatron_riskpo.actor.architecture import check_architecture
 from megatron_riskpo.actor.specs import use_transformer_engine
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig
-from megatron_riskpo.errors import UsageError
-
-
-def check_architecture(hf_config: Mapping[str, Any]) -> None:
-    """Raise UsageError for what the family's Megatron form would silently compute differently."""
-    family, shape = family_of(hf_config), shape_of(hf_config)
-    if hf_config.get("hidden_act", "silu") != "silu":
-        raise UsageError(f"config.json: hidden_act {hf_config['hidden_act']!r} is not supported; only 'silu' is")
-    message = family.refusal(hf_config)
-    if message:
-        raise UsageError(message)
-    rotary_frequencies(hf_config, shape.head_dim)
 
 
 def transformer_config(hf_config: dict[str, Any], actor: ActorConfig, dtype: torch.dtype) -> TransformerConfig:

@@ -22,7 +22,8 @@ class Bridge:
         self.actor = actor
         self.engine = engine
         self.config = config
-        self.probe = _probe(actor.shape.vocab_size, actor.grid.dp.size(), seed)
+        # Each rank needs a sequence a micro-batch, and interleaved stages pp micro-batches.
+        self.probe = _probe(actor.shape.vocab_size, actor.grid.dp.size() * actor.grid.pp.size(), seed)
 
     def sync(self, version: int) -> dict[str, float]:
         """Bring the engine to the actor's weights and call them `version`. Collective.
@@ -58,10 +59,10 @@ class Bridge:
         return {"bridge/verify_logprob_abs_mean": difference}
 
 
-def _probe(vocab_size: int, dp_size: int, seed: int) -> Rollouts:
+def _probe(vocab_size: int, multiple_of: int, seed: int) -> Rollouts:
     """Random token sequences: they reach every embedding row sooner or later, unlike the task's own text."""
     generator = torch.Generator().manual_seed(seed)
-    num_sequences = -(-PROBE_SEQUENCES // dp_size) * dp_size
+    num_sequences = -(-PROBE_SEQUENCES // multiple_of) * multiple_of
     ones = torch.ones(num_sequences, dtype=torch.long)
     return Rollouts(
         tokens=torch.randint(0, vocab_size, (num_sequences * PROBE_LENGTH,), generator=generator),

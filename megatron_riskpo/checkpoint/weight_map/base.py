@@ -125,11 +125,6 @@ class Family:
                 yield rule, 0
 
 
-def num_experts(hf_config: Mapping[str, Any]) -> int:
-    """Experts of a mixture-of-experts layer, 0 in a dense model; transformers 5 writes it under either name."""
-    return hf_config.get("num_experts") or hf_config.get("num_local_experts") or 0
-
-
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """The smallest multiple of tp_size that holds the vocabulary."""
     return -(-vocab_size // tp_size) * tp_size

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_riskpo.checkpoint.weight_map.base import Family, num_experts
+from megatron_riskpo.actor.flops import num_experts
+from megatron_riskpo.checkpoint.weight_map.base import Family
 from megatron_riskpo.checkpoint.weight_map.blocks import ATTENTION, GATED_EXPERTS, OUTER, QK_NORM
 
 

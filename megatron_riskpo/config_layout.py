@@ -1,0 +1,130 @@
+"""Rules on the model and on its layout over the ranks: the same for training and warm start."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_riskpo.actor.flops import num_experts
+from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
+from megatron_riskpo.errors import UsageError
+
+
+def mlp_columns(model: Mapping[str, Any]) -> dict[str, int]:
+    """The width that splitting an MLP divides, by its name."""
+    if num_experts(model):
+        return {"expert columns (moe_intermediate_size)": model["moe_intermediate_size"]}
+    return {"MLP columns (intermediate_size)": model["intermediate_size"]}
+
+
+def model_sizes(setup: Setup) -> str | None:
+    sizes = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
+    if num_experts(setup.model):
+        sizes += ["moe_intermediate_size", "num_experts_per_tok"]
+    for key in sizes:
+        value = setup.model.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return (
+                f"the model's config.json has {key} = {value!r}; a decoder-only language model with that size is needed"
+            )
+    return None
+
+
+def architecture(setup: Setup) -> str | None:
+    # Imported here: it brings in torch.
+    from megatron_riskpo.actor.architecture import check_architecture
+
+    try:
+        check_architecture(setup.model)
+    except UsageError as error:
+        return f"{error}; choose another model.path"
+    return None
+
+
+def tensor_parallel(setup: Setup) -> str | None:
+    """Megatron gives each rank whole query heads, whole key-value heads and equal MLP columns (experts stay whole)."""
+    heads = setup.model["num_attention_heads"]
+    sizes = {
+        "attention heads": heads,
+        "key-value heads": setup.model.get("num_key_value_heads") or heads,
+        **({} if num_experts(setup.model) else mlp_columns(setup.model)),
+    }
+    return undivided("actor.tp", setup.config.actor.tp, sizes)
+
+
+def pipeline_parallel(setup: Setup) -> str | None:
+    """Even stages; or the first and the last as the user says, and even ones between."""
+    actor, layers = setup.config.actor, setup.model["num_hidden_layers"]
+    given = [n for n in (actor.first_stage_layers, actor.last_stage_layers) if n]
+    if not given:
+        return no_divisor("actor.pp", actor.pp, layers, "layers of the model") if layers % actor.pp else None
+    said = (
+        f"actor.first_stage_layers = {actor.first_stage_layers} and actor.last_stage_layers = {actor.last_stage_layers}"
+    )
+    if actor.pp == 1:
+        return f"{said} need actor.pp > 1, got actor.pp = 1; set them to 0"
+    left, stages = layers - sum(given), actor.pp - len(given)
+    if stages and (left < stages or left % stages):
+        fitting = multiples(stages, left) if left > stages else str(stages)
+        return (
+            f"{said} leave {left} of {layers} layers to {stages} other stages, which cannot have equally many; leave "
+            f"{fitting}"
+        )
+    if not stages and left:
+        return f"{said} are {sum(given)} layers on the 2 stages, the model has {layers}; set one of them to 0"
+    return None
+
+
+def virtual_pipeline(setup: Setup) -> str | None:
+    actor, layers = setup.config.actor, setup.model["num_hidden_layers"]
+    if actor.vp == 1:
+        return None
+    if actor.pp == 1:
+        return f"actor.vp = {actor.vp} needs actor.pp > 1, got actor.pp = 1; set it to 1"
+    if actor.first_stage_layers or actor.last_stage_layers:
+        return f"actor.vp = {actor.vp} needs even stages; set actor.first_stage_layers and last_stage_layers to 0"
+    if layers // actor.pp % actor.vp:
+        return no_divisor("actor.vp", actor.vp, layers // actor.pp, "layers of a pipeline stage")
+    return None
+
+
+def expert_parallel(setup: Setup) -> str | None:
+    actor, experts = setup.config.actor, num_experts(setup.model)
+    if actor.ep > 1 and not experts:
+        return f"actor.ep = {actor.ep}, but the model has no experts; set it to 1"
+    if experts and actor.tp > 1 and not actor.sequence_parallel:
+        return f"actor.tp = {actor.tp} with experts needs actor.sequence_parallel = true"
+    if experts and experts % actor.ep:
+        return no_divisor("actor.ep", actor.ep, experts, "experts of a layer")
+    return None
+
+
+def world_split(setup: Setup) -> str | None:
+    actor = setup.config.actor
+    size = actor.tp * actor.cp * actor.pp
+    if setup.world_size % size:
+        return (
+            f"{setup.world_size} ranks cannot be split into groups of actor.tp * actor.cp * actor.pp = {actor.tp} * "
+            f"{actor.cp} * {actor.pp} = {size}; use {multiples(size, setup.world_size)} ranks"
+        )
+    of_a_stage = setup.world_size // actor.pp
+    if of_a_stage % actor.ep:
+        return no_divisor("actor.ep", actor.ep, of_a_stage, "ranks of a pipeline stage")
+    return None
+
+
+def sequence_parallel(setup: Setup) -> str | None:
+    actor = setup.config.actor
+    if actor.sequence_parallel and actor.tp == 1:
+        return "actor.sequence_parallel = true needs actor.tp > 1, got actor.tp = 1; set it to false"
+    return None
+
+
+LAYOUT_RULES: tuple[Rule, ...] = (
+    model_sizes,
+    architecture,
+    tensor_parallel,
+    pipeline_parallel,
+    virtual_pipeline,
+    expert_parallel,
+    world_split,
+    sequence_parallel,
+)
