@@ -218,6 +218,28 @@ def algorithm(setup: Setup) -> str | None:
     return None
 
 
+def old_logprobs(setup: Setup) -> str | None:
+    """Rollout log-probs under the ratio already weigh each token by pi / pi_rollout: a correction would do so again."""
+    from megatron_riskpo.algorithms.surrogates import SURROGATES
+
+    config = setup.config
+    if config.actor.old_logprobs == "recompute":
+        return None
+    if config.mismatch.correction != "none":
+        return (
+            f'mismatch.correction = "{config.mismatch.correction}" would count the mismatch twice, which '
+            'actor.old_logprobs = "rollout" has in the ratio of the loss; set it to "none" (loss.kind = "cispo" '
+            'truncates that ratio), or actor.old_logprobs to "recompute"'
+        )
+    surrogate = SURROGATES.get(config.loss.kind)
+    if surrogate is not None and not surrogate.has_ratio:
+        return (
+            f'actor.old_logprobs = "rollout" has no effect on loss.kind = "{config.loss.kind}", which has no ratio; '
+            'set it to "recompute", or loss.kind to another'
+        )
+    return None
+
+
 def overlong(setup: Setup) -> str | None:
     buffer, longest = setup.config.rewards.overlong_buffer_tokens, setup.config.rollout.max_response_tokens
     if buffer >= longest:
@@ -321,6 +343,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     dynamic_sampling,
     engine_available,
     algorithm,
+    old_logprobs,
 )
 
 SFT_RULES: tuple[Rule, ...] = (
