@@ -127,6 +127,10 @@ class ActorConfig:
     """Split activations along the sequence outside the tensor-parallel regions (needs tp > 1)."""
     mini_batches: int = 1
     """Optimizer steps an RL step; the responses are split evenly, whole groups together."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """The log-probs under the loss's ratio. recompute: the trainer's own (a forward pass where mini_batches > 1, or
+    loss or mismatch need them before the update); rollout: those that the rollout engine sampled with, which cost no
+    pass but bring its mismatch into the ratio."""
     micro_batch_tokens: int = 8192
     """Packed tokens that a micro-batch puts on a rank at most (one longer sequence still goes alone); with context
     parallelism the micro-batch holds cp times as many."""

@@ -153,6 +153,28 @@ def algorithm(setup: Setup) -> str | None:
     return None
 
 
+def old_logprobs(setup: Setup) -> str | None:
+    """Rollout log-probs under the ratio already weigh each token by pi / pi_rollout: a correction would do so again."""
+    from megatron_riskpo.algorithms.surrogates import SURROGATES
+
+    config = setup.config
+    if config.actor.old_logprobs == "recompute":
+        return None
+    if config.mismatch.correction != "none":
+        return (
+            f'mismatch.correction = "{config.mismatch.correction}" would count the mismatch twice, which '
+            'actor.old_logprobs = "rollout" has in the ratio of the loss; set it to "none" (loss.kind = "cispo" '
+            'truncates that ratio), or actor.old_logprobs to "recompute"'
+        )
+    surrogate = SURROGATES.get(config.loss.kind)
+    if surrogate is not None and not surrogate.has_ratio:
+        return (
+            f'actor.old_logprobs = "rollout" has no effect on loss.kind = "{config.loss.kind}", which has no ratio; '
+            'set it to "recompute", or loss.kind to another'
+        )
+    return None
+
+
 def overlong(setup: Setup) -> str | None:
     buffer, longest = setup.config.rewards.overlong_buffer_tokens, setup.config.rollout.max_response_tokens
     if buffer >= longest:
@@ -204,7 +226,7 @@ def kl_cov(setup: Setup) -> str | None:
     """The penalty's gradient is the sign of the log ratio: before the first update 0, or whatever sign rounding gives
     it, since the old log-probs come from a forward pass of their own."""
     kind, num = setup.config.loss.kind, setup.config.actor.mini_batches
-    if kind == "kl_cov" and num == 1:
+    if kind == "kl_cov" and num == 1 and setup.config.actor.old_logprobs == "recompute":
         return (
             f"loss.kind = {kind} with actor.mini_batches = {num}: the penalty |log ratio| is 0 but for rounding, "
             "as the policy has not moved in the only mini-batch of a step; set actor.mini_batches to 2 or more, or use "
@@ -262,6 +284,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     engine_available,
     algorithm,
     kl_cov,
+    old_logprobs,
 )
 
 SFT_RULES: tuple[Rule, ...] = (

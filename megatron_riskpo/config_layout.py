@@ -1,6 +1,6 @@
 """Rules on the model and on its layout over the ranks: the same for training and warm start."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_riskpo.actor.flops import num_experts
@@ -28,15 +28,25 @@ def model_sizes(setup: Setup) -> str | None:
     return None
 
 
-def architecture(setup: Setup) -> str | None:
+def model_type(setup: Setup) -> str | None:
     # Imported here: it brings in torch.
-    from megatron_riskpo.actor.architecture import check_architecture
+    from megatron_riskpo.checkpoint.weight_map import family_of
 
+    return _refusal(family_of, setup.model)
+
+
+def _refusal(check: Callable[[Mapping[str, Any]], object], model: Mapping[str, Any]) -> str | None:
     try:
-        check_architecture(setup.model)
+        check(model)
     except UsageError as error:
         return f"{error}; choose another model.path"
     return None
+
+
+def architecture(setup: Setup) -> str | None:
+    from megatron_riskpo.actor.architecture import check_architecture
+
+    return _refusal(check_architecture, setup.model)
 
 
 def tensor_parallel(setup: Setup) -> str | None:
@@ -119,6 +129,7 @@ def sequence_parallel(setup: Setup) -> str | None:
 
 
 LAYOUT_RULES: tuple[Rule, ...] = (
+    model_type,
     model_sizes,
     architecture,
     tensor_parallel,

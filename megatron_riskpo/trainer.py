@@ -95,8 +95,7 @@ class Trainer:
         self.warn_without_signal(learning)
         with self.observer.phase("update"):
             update = self.update(batch.rollouts, advantages, tokens)
-        if tokens.old_logprobs is None:
-            mismatch = self.measure_mismatch(batch.rollouts, update.logprobs)
+        mismatch = mismatch or self.measure_from_update(batch.rollouts, update)
         with self.observer.phase("sync"):
             synced = self.bridge.sync(self.step)
         self.observer.save_samples(self.step, lambda n: self.sample_rows(batch, shaped, advantages, n))
@@ -104,7 +103,8 @@ class Trainer:
         mean_logprobs = segment_mean(logprobs, batch.rollouts.response_lengths).view_as(advantages)
         covariances = cov_logprob_advantage(mean_logprobs, advantages, batch.rewards.matrix)
         sampled = collected.metrics | self.rollout_metrics(collected.drawn.rollouts)
-        return {**learning, **update.metrics, **covariances, **mismatch, **synced, **sampled}
+        source = {"actor/old_logprobs_from_rollout": float(self.config.actor.old_logprobs == "rollout")}
+        return {**learning, **update.metrics, **source, **covariances, **mismatch, **synced, **sampled}
 
     def draw(self, draw: int) -> Groups:
         """Sample and grade the stream's next questions; `draw` counts the step's draws, from 0."""
@@ -124,23 +124,25 @@ class Trainer:
     def score_tokens(self, rollouts: Rollouts) -> tuple[TokenInputs, dict[str, float]]:
         """What must be known of each response token before the update, and mismatch/* where that tells it."""
         config, temperature = self.config, self.config.rollout.temperature
-        old = ref = None
-        # With one mini-batch the policy has not moved yet: the update's own log-probs are the old ones.
-        if config.actor.mini_batches > 1 or needs_old_logprobs(config.loss, config.mismatch):
-            with self.observer.phase("logprobs"):
-                old = self.actor.logprobs(rollouts, temperature)
+        ref = None
         if self.reference is not None:
             with self.observer.phase("logprobs"), self.reference.in_place():
                 ref = self.actor.logprobs(rollouts, temperature)
-        if old is None:
+        if config.actor.old_logprobs == "rollout":
+            return TokenInputs(rollouts.rollout_logprobs, ref), {}
+        # With one mini-batch the policy has not moved yet: the update's own log-probs are the old ones.
+        if config.actor.mini_batches == 1 and not needs_old_logprobs(config.loss, config.mismatch):
             return TokenInputs(ref_logprobs=ref), {}
-        metrics = self.measure_mismatch(rollouts, old)
+        with self.observer.phase("logprobs"):
+            old = self.actor.logprobs(rollouts, temperature)
+        metrics = self.measure_mismatch(rollouts.rollout_logprobs, old)
         correction = correct_mismatch(rollouts.rollout_logprobs, old, rollouts.response_lengths, config.mismatch)
         return TokenInputs(old, ref, correction.weights, correction.keep), metrics | correction.metrics
 
-    def measure_mismatch(self, rollouts: Rollouts, trainer_logprobs: Tensor) -> dict[str, float]:
-        """mismatch/*; raises RunError, on every rank alike, where it is more than the run accepts."""
-        metrics = mismatch_sums(rollouts.rollout_logprobs, trainer_logprobs).metrics()
+    def measure_mismatch(self, rollout_logprobs: Tensor, trainer_logprobs: Tensor) -> dict[str, float]:
+        """mismatch/* of two flat tensors of log-probs; raises RunError, on every rank alike, where it is more than the
+        run accepts."""
+        metrics = mismatch_sums(rollout_logprobs, trainer_logprobs).metrics()
         limit, mean = self.config.mismatch.abort_above, metrics["mismatch/logprob_abs_mean"]
         # "not <=": a mismatch of NaN is one as well.
         if limit and not mean <= limit:
@@ -150,6 +152,11 @@ class Trainer:
                 "last checkpoint is as it was: find the cause with bridge.verify = true, or raise mismatch.abort_above"
             )
         return metrics
+
+    def measure_from_update(self, rollouts: Rollouts, update: UpdateOutputs) -> dict[str, float]:
+        """mismatch/* of the first mini-batch: the policy has moved before the log-probs of the later ones."""
+        num = update.num_tokens_before
+        return self.measure_mismatch(rollouts.rollout_logprobs[:num], update.logprobs[:num])
 
     def shape(self, batch: Groups, tokens: TokenInputs) -> Tensor:
         """float64 [P, G]: the rewards that advantages are made of."""

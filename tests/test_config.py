@@ -207,6 +207,21 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         (["--loss.clip_low", "2"], 1, "loss.clip_low = 2.0 is out of range"),
         (["--loss.kind", "pppo"], 1, "loss.kind = pppo is unknown: did you mean ppo?"),
         (["--mismatch.cap", "0.5"], 1, "mismatch.cap = 0.5 is out of range"),
+        (
+            ["--optimizer.max_skipped_steps", "-1"],
+            1,
+            "optimizer.max_skipped_steps = -1 is out of range; it must be >= 0",
+        ),
+        (
+            ["--actor.old_logprobs", "rollout", "--mismatch.correction", "tis"],
+            1,
+            'mismatch.correction = "tis" would count the mismatch twice',
+        ),
+        (
+            ["--actor.old_logprobs", "rollout", "--loss.kind", "reinforce"],
+            1,
+            'actor.old_logprobs = "rollout" has no effect on loss.kind = "reinforce"',
+        ),
         (["--rewards.overlong_penalty", "-1"], 1, "rewards.overlong_penalty = -1.0 is out of range; it must be >= 0"),
         (["--rewards.overlong_buffer_tokens", "64"], 1, "rollout.max_response_tokens is 64; use 63 or less (0: off)"),
         (
@@ -273,6 +288,18 @@ def test_models_that_would_be_computed_wrongly_are_refused(change, message: str,
     with pytest.raises(UsageError) as caught:
         check_train(config, 1, MODEL | change)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gspo", "ppo", "cispo", "kl_cov"])
+def test_rollout_logprobs_go_with_every_ratio(kind, toml) -> None:
+    options = ["--actor.old_logprobs", "rollout", "--loss.kind", kind, "--loss.kl_coefficient", "0.1"]
+    config = load_config(TrainConfig, toml(), [*BASE, *options, "--loss.kl_in", "reward"])
+    assert list(problems(TRAIN_RULES, Setup(config, 1, MODEL))) == []
+
+
+def test_rules_after_a_wrong_name_do_not_fail(toml) -> None:
+    config = load_config(TrainConfig, toml(), [*BASE, "--actor.old_logprobs", "rollout", "--loss.kind", "pppo"])
+    assert list(problems(TRAIN_RULES, Setup(config, 1, MODEL))) == ["loss.kind = pppo is unknown: did you mean ppo?"]
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (2, 3, 6), (1, 2, 4), (2, 1, 10)])

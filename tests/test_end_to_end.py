@@ -188,6 +188,27 @@ def test_mismatch_beyond_the_threshold_ends_the_run_in_one_line(folder):
     assert re.search(r"step 1: the log-probs .* differ by .*e-0\d nats a token .* mismatch.abort_above = 1e-12;", line)
 
 
+def test_rollout_logprobs_save_the_forward_pass(folder):
+    options = ("--rollout.engine", "megatron", "--run.steps", "2", "--actor.mini_batches", "2")
+    for source in ("recompute", "rollout"):
+        train(folder, source, *options, "--actor.old_logprobs", source)
+    recompute, rollout = (metrics(folder, source)[1:] for source in ("recompute", "rollout"))
+    assert [row["actor/old_logprobs_from_rollout"] for row in recompute + rollout] == [0, 0, 1, 1]
+    assert ["time/logprobs_s" in row for row in recompute + rollout] == [True, True, False, False]
+    for a, b in zip(recompute, rollout, strict=True):
+        assert b["actor/loss"] == pytest.approx(a["actor/loss"], abs=1e-4)
+        assert b["mismatch/logprob_abs_mean"] < 1e-5
+
+
+def test_gradients_that_stay_infinite_end_the_run_in_one_line(folder):
+    options = ("--run.name", "diverged", "--optimizer.lr", "1e38", "--optimizer.max_skipped_steps", "2")
+    output = run(folder, "sft", "base.toml", *options, exit_code=1)
+    assert [line for line in output.splitlines() if "skipped," in line] == [
+        f"step {step}: optimizer step skipped, its gradients were not finite" for step in (2, 3)
+    ]
+    assert "norm is nan at optimizer step 3, not finite 3 times in a row" in error_line(output)
+
+
 def test_exported_model_equals_actor_and_engine(folder):
     """transformers loads the exported folder; its log-probs of 20 rollouts are the actor's and vLLM's."""
     from transformers import AutoTokenizer

@@ -1,6 +1,5 @@
 """Single verbs of a step that whole runs (test_end_to_end) do not tell apart."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,37 +57,40 @@ def test_rewards_are_shaped_by_length_and_divergence(kl_in):
 @pytest.mark.parametrize(("difference", "limit", "raises"), [(0.5, 0.0, False), (0.5, 0.6, False), (0.5, 0.4, True)])
 def test_mismatch_beyond_the_threshold_ends_the_run(difference, limit, raises):
     one = trainer(TrainConfig(mismatch=MismatchConfig(abort_above=limit)))
-    rollouts = two_groups().rollouts
+    sampled = two_groups().rollouts.rollout_logprobs
     if not raises:
-        metrics = one.measure_mismatch(rollouts, rollouts.rollout_logprobs + difference)
+        metrics = one.measure_mismatch(sampled, sampled + difference)
         assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.5)
         return
     with pytest.raises(RunError, match=r"step 3: .* differ by 0.5 nats a token .*abort_above = 0.4; .* or raise"):
-        one.measure_mismatch(rollouts, rollouts.rollout_logprobs + difference)
+        one.measure_mismatch(sampled, sampled + difference)
     with pytest.raises(RunError, match="differ by nan"):
-        one.measure_mismatch(rollouts, rollouts.rollout_logprobs * float("nan"))
+        one.measure_mismatch(sampled, sampled * float("nan"))
 
 
 @pytest.mark.parametrize(
-    ("mini_batches", "changes", "num_passes"),
+    ("actor_options", "changes", "num_passes"),
     [
-        (1, {}, 0),
-        (2, {}, 1),
-        (1, {"mismatch": MismatchConfig(correction="tis")}, 1),
-        (1, {"loss": PolicyLossConfig(kind="clip_cov")}, 1),
-        (1, {"loss": PolicyLossConfig(kl_coefficient=0.1)}, 1),
-        (1, {"loss": PolicyLossConfig(kl_coefficient=0.1, kl_in="reward")}, 2),
+        ({}, {}, 0),
+        ({"mini_batches": 2}, {}, 1),
+        ({}, {"mismatch": MismatchConfig(correction="tis")}, 1),
+        ({}, {"loss": PolicyLossConfig(kind="clip_cov")}, 1),
+        ({}, {"loss": PolicyLossConfig(kl_coefficient=0.1)}, 1),
+        ({}, {"loss": PolicyLossConfig(kl_coefficient=0.1, kl_in="reward")}, 2),
+        ({"old_logprobs": "rollout"}, {}, 0),
+        ({"old_logprobs": "rollout", "mini_batches": 2}, {}, 0),
+        ({"old_logprobs": "rollout"}, {"loss": PolicyLossConfig(kind="kl_cov")}, 0),
+        ({"old_logprobs": "rollout"}, {"loss": PolicyLossConfig(kl_coefficient=0.1, kl_in="reward")}, 1),
     ],
 )
-def test_forward_passes_are_made_only_where_needed(mini_batches, changes, num_passes):
+def test_forward_passes_are_made_only_where_needed(actor_options, changes, num_passes):
     rollouts, passes = two_groups().rollouts, []
 
     def logprobs(rollouts: Rollouts, temperature: float) -> torch.Tensor:
         passes.append(temperature)
         return rollouts.rollout_logprobs.clone()
 
-    config = TrainConfig(**changes)
-    config = replace(config, actor=replace(config.actor, mini_batches=mini_batches))
+    config = TrainConfig(**changes, actor=ActorConfig(**actor_options))
     one = trainer(
         config,
         actor=SimpleNamespace(logprobs=logprobs),
@@ -98,13 +100,15 @@ def test_forward_passes_are_made_only_where_needed(mini_batches, changes, num_pa
     tokens, mismatch = one.score_tokens(rollouts)
     assert passes == [1.0] * num_passes
     assert (tokens.ref_logprobs is not None) == bool(config.loss.kl_coefficient)
-    assert ("mismatch/k3" in mismatch) == (tokens.old_logprobs is not None)
+    from_rollout = tokens.old_logprobs is rollouts.rollout_logprobs
+    assert from_rollout == (config.actor.old_logprobs == "rollout")
+    assert ("mismatch/k3" in mismatch) == (tokens.old_logprobs is not None and not from_rollout)
 
 
 @pytest.mark.parametrize("num_skipped", [0, 2])
 def test_skipped_optimizer_steps_are_said_aloud(num_skipped):
     lines: list[str] = []
-    outputs = UpdateOutputs({"actor/skipped_steps": float(num_skipped)}, torch.zeros(10))
+    outputs = UpdateOutputs({"actor/skipped_steps": float(num_skipped)}, torch.zeros(10), 10)
     one = trainer(
         TrainConfig(actor=ActorConfig(mini_batches=4)),
         actor=SimpleNamespace(update=lambda *args, **kwargs: outputs),

@@ -48,6 +48,8 @@ class UpdateOutputs:
     none was); actor/skipped_steps is how many were not."""
     logprobs: Tensor
     """float32 [num_response_tokens]: each response token's log-prob just before its mini-batch's optimizer step."""
+    num_tokens_before: int
+    """Of so many first tokens, the first mini-batch's, these are the log-probs before the whole update."""
 
 
 class Actor:
@@ -117,7 +119,7 @@ class Actor:
             logprobs, summed = self.train_step(mini_batch, micro_loss, temperature, num_optimizer_steps_total)
             logprob_pieces.append(logprobs)
             metrics.append(summed)
-        return UpdateOutputs(summarize_steps(metrics), torch.cat(logprob_pieces))
+        return UpdateOutputs(summarize_steps(metrics), torch.cat(logprob_pieces), logprob_pieces[0].numel())
 
     def train_step(
         self, rollouts: Rollouts, loss: MicroBatchLoss, temperature: float, num_optimizer_steps_total: int

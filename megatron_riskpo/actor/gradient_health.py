@@ -40,6 +40,7 @@ class GuardedOptimizer:
         parameters: this rank's, with their names, for the error alone. Raises RunError, on every rank, for the step
         after `max_skipped_steps` skipped ones in a row if it would be skipped as well.
         """
+        # Its own verdict is that of a loss scaler, which neither float32 nor bfloat16 has.
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not _finite_everywhere(norm, self.grid):

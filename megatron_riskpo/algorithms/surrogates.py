@@ -55,6 +55,8 @@ class Surrogate:
     """Fields of PolicyLossConfig that belong to some surrogates only and that this one reads."""
     needs_penalised: bool = False
     """It holds back the tokens that `covariant_tokens` finds."""
+    has_ratio: bool = True
+    """Its gradient depends on the old log-probs."""
 
 
 def gspo(inputs: SurrogateInputs) -> SurrogateOutputs:
@@ -184,6 +186,8 @@ SURROGATES: Mapping[str, Surrogate] = MappingProxyType(
             "unclipped token ratio, those tokens held near the old policy (arXiv 2505.22617)",
             kl_cov, frozenset({"cov_fraction", "cov_kl_coefficient"}), needs_penalised=True,
         ),
-        "reinforce": Surrogate("log-prob times advantage, no ratio (arXiv 2504.02546)", reinforce),
+        "reinforce": Surrogate(
+            "log-prob times advantage, no ratio (arXiv 2504.02546)", reinforce, has_ratio=False
+        ),
     }
 )  # fmt: skip
