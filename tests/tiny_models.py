@@ -57,10 +57,13 @@ def make_tiny(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     vocab_size: int = VOCAB_SIZE,
+    std: float = 0.1,
     **options: Any,
 ) -> Path:
-    """Write config.json and safetensors (float32) of a random model whose next-token distributions are far from flat;
-    returns the folder. `options` go to transformers' configuration."""
+    """Write config.json and safetensors (float32) of a random model; returns the folder.
+
+    With weights of the default standard deviation its next-token distributions are far from flat. `options` go to
+    transformers' configuration."""
     config_class, own = FAMILIES[family]
     config = config_class(
         vocab_size=vocab_size,
@@ -81,7 +84,7 @@ def make_tiny(
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             # Norm weights and biases too: a mix-up of two equal tensors would not show.
-            torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+            torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=std)
     model.save_pretrained(folder)
     return folder
 

@@ -72,8 +72,10 @@ class Phases:
 def one_step(case: Case, folder: Path) -> dict[str, Any]:
     """Sample, then score tokens and update as the trainer does."""
     config = case.config()
-    actor = Actor.from_hf(folder.parent / "model", config.actor, config.optimizer, torch.float32, build_grid(1, 1, 1))
-    engine = MegatronEngine(actor.module, actor.grid, max_sequence_length=64, max_num_seqs=16)
+    actor = Actor.from_hf(
+        folder.parent / "model", config.actor, config.optimizer, torch.float32, build_grid(config.actor, seed=1)
+    )
+    engine = MegatronEngine(actor.chunks[0], actor.grid, max_sequence_length=64, max_num_seqs=16)
     rollouts = with_noise(engine.generate(PROMPTS, SAMPLING, [3, 4, 5, 6]), case.noise)
     before = actor.logprobs(rollouts, SAMPLING.temperature)
     phases = Phases()
