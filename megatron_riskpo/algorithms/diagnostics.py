@@ -58,15 +58,15 @@ def effective_weights(
     # By comparison: the centred values of equal rewards need not be exactly 0.
     varied = (lowest < highest) & (spread > 0)
     # The mean advantage drops out, because the centred rewards sum to 0.
-    weights = (centred * advantages).sum(dim=1)[varied] / spread[varied]
-    num_solved = (rewards > 0).sum(dim=1)[varied]
-    bins = (num_solved * NUM_PASS_RATE_BINS // rewards.shape[1]).clamp(max=NUM_PASS_RATE_BINS - 1)
-    counts = torch.bincount(bins, minlength=NUM_PASS_RATE_BINS).tolist()
-    sums = torch.bincount(bins, weights, minlength=NUM_PASS_RATE_BINS).tolist()
+    weights = (centred * advantages).sum(dim=1) / spread
+    bins = ((rewards > 0).sum(dim=1) * NUM_PASS_RATE_BINS // rewards.shape[1]).clamp(max=NUM_PASS_RATE_BINS - 1)
+    # Questions without a slope go into a bin behind the last, which is not read.
+    bins = torch.where(varied, bins, NUM_PASS_RATE_BINS)
+    counts, sums = torch.bincount(bins).tolist(), torch.bincount(bins, weights).tolist()
     return {
         f"risk/effective_weight/{index / NUM_PASS_RATE_BINS:.1f}-{(index + 1) / NUM_PASS_RATE_BINS:.1f}": total / count
         for index, (total, count) in enumerate(zip(sums, counts, strict=True))
-        if count
+        if count and index < NUM_PASS_RATE_BINS
     }
 
 

@@ -1,11 +1,14 @@
 """Checks of single options; each raises a UsageError of one line."""
 
 import difflib
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_riskpo.errors import UsageError
+
+_type_hints = functools.cache(get_type_hints)
 
 
 def check_name(option: str, value: Any, allowed: Iterable[str]) -> None:
@@ -20,7 +23,7 @@ def check_name(option: str, value: Any, allowed: Iterable[str]) -> None:
 
 def check_literals(section: str, config: Any) -> None:
     """Raise UsageError unless every Literal field of a dataclass holds one of its values."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             check_name(f"{section}.{name}", getattr(config, name), get_args(hint))
 

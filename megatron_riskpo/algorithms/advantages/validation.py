@@ -74,7 +74,8 @@ def validated_rewards(rewards: Tensor) -> Tensor:
             f"rewards are {list(rewards.shape)}: give a matrix [num_prompts, group_size] that is not empty"
         )
     rewards = rewards.detach().to("cpu", torch.float64)
-    broken = (~rewards.isfinite()).nonzero()
+    # One pass where all is well: the sum is finite, unless it overflows.
+    broken = [] if rewards.sum().isfinite() else (~rewards.isfinite()).nonzero()
     if len(broken):
         prompt, response = broken[0].tolist()
         raise UsageError(
