@@ -1,9 +1,11 @@
 """Log-probs and entropy straight from hidden states: LM head and softmax in one vocabulary-parallel pass.
 
 n positions, h hidden size, v vocabulary entries on this rank, c of them in a chunk; z = logits / temperature. Logits
-exist for one chunk of the vocabulary at a time, [n, c], in the forward pass and again in the backward pass, which
-computes them once more instead of keeping them. Chunks are of the vocabulary and not of the positions, so that each
+exist a chunk of the vocabulary at a time, [n, c]. Chunks are of the vocabulary and not of the positions, so that each
 chunk's rows of the weight gradient are final after one product: nothing has to be added up in a wider type.
+
+The backward pass needs the logits once more. It computes them again, but for those of the first chunks, which wait in
+the memory of the weight gradient: that much is needed in the end anyway, so the peak stays what it is.
 
 Two collectives over the tensor-parallel group in all: the maximum, then three sums a position.
 """
@@ -19,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
-"""Logits of a chunk, by device: 4 MiB in float32 stay in the cache of a core; a GPU needs more to be busy."""
+"""Logits of a chunk, by device: 4 MiB in float32 stay in the caches of a core; a GPU needs more to be busy."""
 MIN_CHUNK_WIDTH = 256
 """Entries of the vocabulary in a chunk however many positions there are: narrower products are slow."""
 
@@ -50,30 +52,60 @@ class _Statistics:
         self.exponentials = factor * self.exponentials
         self.maximum = maximum
 
-    def add(self, scaled: Tensor, columns: Tensor, here: Tensor) -> None:
-        """Take in a chunk of z [n, c], which is overwritten; where `here`, the target is in `columns`."""
+    def add(self, scaled: Tensor, columns: Tensor, here: Tensor, shifted: Tensor, exponentials: Tensor) -> None:
+        """Take in a chunk of z [n, c]; where `here`, the target is in `columns`. The last two are room to work in."""
         self.target += scaled.gather(1, columns[:, None])[:, 0] * here
         self.rebase(torch.maximum(self.maximum, scaled.amax(dim=1)))
-        shifted = scaled.sub_(self.maximum[:, None])
-        exponentials = shifted.exp()
+        torch.sub(scaled, self.maximum[:, None], out=shifted)
+        torch.exp(shifted, out=exponentials)
         self.exponentials += exponentials.sum(dim=1)
         self.weighted += exponentials.mul_(shifted).sum(dim=1)
 
 
-def _chunks(hidden: Tensor, num_real: int) -> Iterator[slice]:
-    width = max(MIN_CHUNK_WIDTH, CHUNK_ELEMENTS[hidden.device.type] // max(1, hidden.size(0)))
-    return (slice(start, min(start + width, num_real)) for start in range(0, num_real, width))
+@dataclass(frozen=True)
+class _Plan:
+    """Which entries of the vocabulary make a chunk, and where the logits of the first ones are kept."""
+
+    num_rows: int
+    width: int
+    """Entries of a chunk; the last one may have fewer."""
+    num_real: int
+    num_kept: int
+    """Entries whose logits are kept, a multiple of `width`."""
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, num_real: int) -> "_Plan":
+        """The kept logits lie at the end of the weight gradient's memory. A chunk's gradient, c h numbers from the
+        start on, must end before its own logits; that is so for all if it is so for the first and the last."""
+        num_rows, (num_entries, hidden_size) = max(1, hidden.size(0)), weight.shape
+        width = max(MIN_CHUNK_WIDTH, CHUNK_ELEMENTS[hidden.device.type] // num_rows)
+        first = (num_entries - width) * hidden_size // num_rows
+        last = num_entries - -(-num_rows * width // hidden_size)
+        num_kept = max(0, min(first, last, num_real)) // width * width
+        return cls(hidden.size(0), width, num_real, num_kept)
+
+    def chunks(self) -> Iterator[slice]:
+        starts = range(0, self.num_real, self.width)
+        return (slice(start, min(start + self.width, self.num_real)) for start in starts)
+
+    def place(self, memory: Tensor, chunk: slice) -> Tensor:
+        """Where in the weight gradient's memory the chunk's logits [n, c] are kept."""
+        start = memory.numel() + self.num_rows * (chunk.start - self.num_kept)
+        return self.part(memory.view(-1)[start:], chunk)
+
+    def part(self, memory: Tensor, chunk: slice) -> Tensor:
+        """[n, c] at the start of flat memory."""
+        num_columns = chunk.stop - chunk.start
+        return memory[: self.num_rows * num_columns].view(self.num_rows, num_columns)
+
+    def room(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Flat memory for one chunk."""
+        return hidden.new_empty(self.num_rows * min(self.width, self.num_real), dtype=dtype)
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """z [n, c] of a chunk's weights [c, h], in float32 or wider, free to be overwritten."""
-    logits = hidden.new_empty(hidden.size(0), weight.size(0))
-    logits.addmm_(hidden, weight.t(), beta=0, alpha=1 / temperature)
-    return logits.to(_wide(hidden))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _put_logits(out: Tensor, hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """z [n, c] of a chunk's weights [c, h], into `out`."""
+    return out.addmm_(hidden, weight.t(), beta=0, alpha=1 / temperature)
 
 
 def _find(columns: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
@@ -90,16 +122,31 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
+def _local_statistics(
+    hidden: Tensor, weight: Tensor, columns: Tensor, plan: _Plan, temperature: float, memory: Tensor | None
+) -> _Statistics:
+    """Of this rank's vocabulary; the first logits are left in `memory`, if there is one."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    statistics = _Statistics.of_nothing(plan.num_rows, dtype, hidden.device)
+    room = plan.room(hidden, hidden.dtype)
+    shifted, exponentials = (plan.room(hidden, dtype) for _ in range(2))
+    for chunk in plan.chunks():
+        kept = memory is not None and chunk.start < plan.num_kept
+        out = plan.place(memory, chunk) if kept else plan.part(room, chunk)
+        logits = _put_logits(out, hidden, weight[chunk], temperature)
+        statistics.add(logits, *_find(columns, chunk), plan.part(shifted, chunk), plan.part(exponentials, chunk))
+    return statistics
+
+
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first_id: int, num_real: int, temperature: float,
-        tp: ProcessGroup,
+        tp: ProcessGroup, backward_follows: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        columns = targets - first_id
-        local = _Statistics.of_nothing(hidden.size(0), _wide(hidden), hidden.device)
-        for chunk in _chunks(hidden, num_real):
-            local.add(_scaled_logits(hidden, weight[chunk], temperature), *_find(columns, chunk))
+        columns, plan = targets - first_id, _Plan.of(hidden, weight, num_real)
+        memory = weight.new_empty(weight.shape) if backward_follows and plan.num_kept else None
+        local = _local_statistics(hidden, weight, columns, plan, temperature, memory)
         maximum = local.maximum.clone()
         if tp.size() > 1:
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp)
@@ -110,7 +157,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         exponentials, weighted, target = sums
         mean_shifted = weighted / exponentials
         ctx.save_for_backward(hidden, weight, columns, maximum, exponentials, mean_shifted)
-        ctx.num_real, ctx.temperature = num_real, temperature
+        ctx.plan, ctx.temperature, ctx.memory = plan, temperature, memory
         # An output that the loss does not use has the gradient None, and costs nothing.
         ctx.set_materialize_grads(False)
         log_sum = exponentials.log()
@@ -126,18 +173,24 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         offset = -at_target / exponentials
         if slope is not None:
             offset -= slope * mean_shifted
+        # A second backward pass over a retained graph finds no kept logits.
+        (memory, ctx.memory), plan = (ctx.memory, None), ctx.plan
         grad_hidden = torch.zeros_like(hidden, dtype=maximum.dtype)
-        grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.num_real :] = 0
-        for chunk in _chunks(hidden, ctx.num_real):
-            shifted = _scaled_logits(hidden, weight[chunk], ctx.temperature).sub_(maximum[:, None])
-            grad = _grad_logits(shifted, slope, offset)
+        grad_weight = weight.new_empty(weight.shape) if memory is None else memory
+        room = plan.room(hidden, hidden.dtype)
+        for chunk in plan.chunks():
+            if memory is not None and chunk.start < plan.num_kept:
+                logits = plan.place(memory, chunk)
+            else:
+                logits = _put_logits(plan.part(room, chunk), hidden, weight[chunk], ctx.temperature)
+            grad = _grad_logits(logits.to(maximum.dtype).sub_(maximum[:, None]), slope, offset)
             places, here = _find(columns, chunk)
             grad.scatter_add_(1, places[:, None], (at_target * here)[:, None])
             grad = grad.to(hidden.dtype)
             _add_product(grad_hidden, grad, weight[chunk])
             torch.mm(grad.t(), hidden, out=grad_weight[chunk])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
+        grad_weight[plan.num_real :] = 0
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
 
 
 def _grad_logits(shifted: Tensor, slope: Tensor | None, offset: Tensor) -> Tensor:
@@ -158,4 +211,6 @@ def vocab_parallel_logprobs(
     float32 [n] (float64 of float64 inputs) and differentiable; one that is not used costs nothing in the backward pass.
     No input is edited. The gradient of `hidden` is this rank's part of a sum over `tp`: the caller adds them up.
     """
-    return _VocabParallelLogprobs.apply(hidden, weight, targets, first_id, num_real, temperature, tp)  # type: ignore[return-value]
+    return _VocabParallelLogprobs.apply(  # type: ignore[return-value]
+        hidden, weight, targets, first_id, num_real, temperature, tp, torch.is_grad_enabled()
+    )

@@ -3,9 +3,12 @@
 Several ranks: tests/distributed/test_logprobs.py.
 """
 
+import random
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_riskpo.actor import logprobs as module
 from megatron_riskpo.actor.logprobs import vocab_parallel_logprobs
@@ -32,25 +35,26 @@ def chunk_width(monkeypatch):
     return set_width
 
 
-def inputs(dtype=torch.float32, num_padding=0, seed=0):
+def inputs(dtype=torch.float32, num_padding=0, shape=(NUM_ROWS, HIDDEN, VOCAB)):
     """Hidden states, weights (the last num_padding rows are padding), targets; logits have a deviation of about 3."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(NUM_ROWS, HIDDEN, generator=generator).to(dtype).requires_grad_()
-    weight = (0.75 * torch.randn(VOCAB + num_padding, HIDDEN, generator=generator)).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(0, VOCAB, (NUM_ROWS,), generator=generator)
+    num_rows, hidden_size, vocab_size = shape
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator).to(dtype).requires_grad_()
+    weight = 3 / hidden_size**0.5 * torch.randn(vocab_size + num_padding, hidden_size, generator=generator)
+    return hidden, weight.to(dtype).requires_grad_(), torch.randint(0, vocab_size, (num_rows,), generator=generator)
 
 
-def reference(hidden, weight, targets, temperature):
+def reference(hidden, weight, targets, temperature, vocab_size=VOCAB):
     """[2, n] float64, and leaves to take gradients of."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
-    log_p = (hidden @ weight[:VOCAB].t() / temperature).log_softmax(-1)
+    log_p = (hidden @ weight[:vocab_size].t() / temperature).log_softmax(-1)
     values = torch.stack([log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)])
     return values, hidden, weight
 
 
-def coefficients(rows):
+def coefficients(rows, num_rows=NUM_ROWS):
     """What a loss multiplies the outputs by, [2, n]: 1 = log-prob, entropy in `rows`, 0 elsewhere."""
-    return torch.randn(2, NUM_ROWS, generator=torch.Generator().manual_seed(1)) * torch.tensor(rows)[:, None]
+    return torch.randn(2, num_rows, generator=torch.Generator().manual_seed(1)) * torch.tensor(rows)[:, None]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -70,6 +74,50 @@ def test_values_and_gradients(group, chunk_width, temperature, width, num_paddin
     torch.testing.assert_close(hidden.grad.double(), hidden64.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=0, atol=1e-5)
     assert not weight.grad[VOCAB:].any()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_shape(group, chunk_width, seed):
+    """Few positions or many beside the hidden size decide how many logits are kept, and where."""
+    draw = random.Random(seed)
+    shape = num_rows, _, vocab_size = draw.randint(1, 80), draw.randint(1, 40), draw.randint(2, 90)
+    chunk_width(draw.randint(1, 30))
+    hidden, weight, targets = inputs(torch.float64, draw.choice([0, 5]), shape)
+    values = torch.stack(vocab_parallel_logprobs(hidden, weight, targets, 0, vocab_size, 0.8, group))
+    expected, hidden64, weight64 = reference(hidden, weight, targets, 0.8, vocab_size)
+    factors = coefficients([1.0, 1.0], num_rows)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad((values * factors).sum(), (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad((values * factors).sum(), (hidden, weight))
+    exact = torch.autograd.grad((expected * factors).sum(), (hidden64, weight64))
+    torch.testing.assert_close(gradients, exact, rtol=0, atol=1e-12)
+    # The second time none of the logits is there any more.
+    torch.testing.assert_close(again, gradients, rtol=0, atol=1e-13)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_whole_logits_never_exist(group, chunk_width, with_graph):
+    num_rows, hidden_size, vocab_size = shape = 300, 10, 200
+    chunk_width(8)
+    hidden, weight, targets = inputs(shape=shape)
+    with torch.set_grad_enabled(with_graph), LargestTensor() as largest:
+        logprobs, entropy = vocab_parallel_logprobs(hidden, weight, targets, 0, vocab_size, 1.0, group)
+        if with_graph:
+            (logprobs.sum() + entropy.sum()).backward()
+    assert largest.size <= max(num_rows, vocab_size) * hidden_size < num_rows * vocab_size / 10
 
 
 @pytest.mark.parametrize("rows", [[1.0, 0.0], [0.0, 1.0]], ids=["log-probs", "entropy"])
