@@ -84,8 +84,7 @@ def measure(plan_of: Callable[[], Plan], case: Case, lengths: Sequence[int], rep
         start = time.process_time()
         plan = plan_of()
         seconds.append(time.process_time() - start)
-    model = WorkModel.from_hf_config(case.model)
-    work = np.array([model.of(length) for length in lengths])
+    work = WorkModel.from_hf_config(case.model).of(np.array(lengths, dtype=np.float64))
     works = np.array([[work[rows].sum() for rows in bins] for bins in plan])
     ranks = works.sum(axis=1)
     bound = -(-sum(lengths) // MAX_TOKENS)
@@ -134,7 +133,7 @@ def ratios(results: dict[str, Result]) -> tuple[float, float]:
     return before.milliseconds / now.milliseconds, before.best / now.best
 
 
-def verdicts(found: dict[str, dict[str, Result]], num_sequences: int, num_ranks: int) -> list[str]:
+def verdicts(found: dict[str, dict[str, Result]], num_ranks: int) -> list[str]:
     lines = []
     for name, results in found.items():
         now = results["now"]
@@ -147,7 +146,7 @@ def verdicts(found: dict[str, dict[str, Result]], num_sequences: int, num_ranks:
         judged = [
             f"{what} {text}, {'met' if value <= goal else 'missed'}" for what, (value, goal, text) in goals.items()
         ]
-        lines.append(f"- {num_sequences:,} sequences, {num_ranks} ranks, {name}: {'; '.join(judged)}")
+        lines.append(f"- {name}: {'; '.join(judged)}")
     return lines
 
 
@@ -155,7 +154,7 @@ def report(num_sequences: int, num_ranks: int, repeats: int) -> dict[str, Any]:
     found = {name: compare(case, num_sequences, num_ranks, repeats) for name, case in CASES.items()}
     print(f"## {num_sequences:,} sequences, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}\n")
     print(f"{table(found)}\n")
-    print("\n".join(verdicts(found, num_sequences, num_ranks)) + "\n", flush=True)
+    print("\n".join(verdicts(found, num_ranks)) + "\n", flush=True)
     return {name: {planner: asdict(result) for planner, result in results.items()} for name, results in found.items()}
 
 
