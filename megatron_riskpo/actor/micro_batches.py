@@ -46,23 +46,27 @@ class WorkModel:
 
 @dataclass(frozen=True)
 class _Sequences:
-    """What planning needs to know of them. Lists, since single elements are looked up."""
+    """What planning needs to know of them, longest and so heaviest first. Below, a row is a place in this order.
 
+    Lists, since single elements are looked up; in the order in which they will be.
+    """
+
+    indices: list[int]
+    """The sequence's index among the lengths given."""
     tokens: list[int]
     """A sequence longer than the budget counts as one of just the budget: nothing fits beside it."""
     works: list[int]
     """In units of 2^-32 of the largest. Sums of integers do not depend on their order."""
-    heaviest_first: list[int]
-    """Indices; also by length, since work grows with it."""
     max_tokens: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], max_tokens: int, work: WorkModel) -> "_Sequences":
         array = np.asarray(lengths, dtype=np.int64)
-        amount = work.of(array.astype(np.float64))
-        works = np.maximum(amount / amount.max() * 2.0**32, 1).astype(np.int64)
         order = np.argsort(-array, kind="stable")
-        return cls(np.minimum(array, max_tokens).tolist(), works.tolist(), order.tolist(), max_tokens)
+        array = array[order]
+        amount = work.of(array.astype(np.float64))
+        works = np.maximum(amount / amount[0] * 2.0**32, 1).astype(np.int64)
+        return cls(order.tolist(), np.minimum(array, max_tokens).tolist(), works.tolist(), max_tokens)
 
     def count_tokens(self, rows: Sequence[int]) -> int:
         return sum([self.tokens[row] for row in rows])
@@ -93,7 +97,11 @@ def plan_micro_batches(
     sequences = _Sequences.of(lengths, max_tokens, work)
     plan = _balanced(sequences, num_ranks, multiple_of) or _dealt(sequences, num_ranks, multiple_of)
     _fill_up(plan, _round_up(max(map(len, plan)), multiple_of))
-    return [[sorted(rows) for rows in sorted(bins, key=sequences.work, reverse=True)] for bins in plan]
+    indices = sequences.indices
+    return [
+        [sorted([indices[row] for row in rows]) for rows in sorted(bins, key=sequences.work, reverse=True)]
+        for bins in plan
+    ]
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -107,8 +115,8 @@ def _most(sequences: _Sequences, num_ranks: int, multiple_of: int) -> int:
 
 def _balanced(sequences: _Sequences, num_ranks: int, multiple_of: int) -> list[MicroBatches] | None:
     """Ranks of like work; some may still lack micro-batches. None where there are not enough sequences for it."""
-    rows, max_tokens = sequences.heaviest_first, sequences.max_tokens
-    total, most = sequences.count_tokens(rows), _most(sequences, num_ranks, multiple_of)
+    rows, max_tokens = range(len(sequences.tokens)), sequences.max_tokens
+    total, most = sum(sequences.tokens), _most(sequences, num_ranks, multiple_of)
     for count in range(_round_up(-(-total // (max_tokens * num_ranks)), multiple_of), most + 1, multiple_of):
         room = count * max_tokens
         # One micro-batch a rank needs no reserve: what the rank holds, fits into it.
@@ -201,7 +209,7 @@ def _best_fit(sequences: _Sequences, rows: Sequence[int]) -> MicroBatches:
 def _dealt(sequences: _Sequences, num_ranks: int, multiple_of: int) -> list[MicroBatches]:
     """As few micro-batches as best-fit needs, dealt out by their work. For few long sequences, when ranks of like work
     would have more micro-batches than sequences."""
-    bins = _best_fit(sequences, sequences.heaviest_first)
+    bins = _best_fit(sequences, range(len(sequences.tokens)))
     count, most = _round_up(-(-len(bins) // num_ranks), multiple_of), _most(sequences, num_ranks, multiple_of)
     if count > most:
         raise ValueError(
