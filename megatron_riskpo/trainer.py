@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_riskpo.actor.actor import Actor, UpdateOutputs
+from megatron_riskpo.actor.flops import ModelFlops
 from megatron_riskpo.actor.reference import ReferenceWeights
 from megatron_riskpo.algorithms.diagnostics import cov_logprob_advantage
 from megatron_riskpo.algorithms.kl import kl_penalty
@@ -23,6 +24,7 @@ from megatron_riskpo.errors import RunError
 from megatron_riskpo.evaluation.evaluate import evaluate
 from megatron_riskpo.objective import Objective, without_signal
 from megatron_riskpo.observability.observer import Observer
+from megatron_riskpo.observability.performance import peak_flops, update_metrics
 from megatron_riskpo.resharding.bridge import Bridge
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.scoring import score_rollouts
@@ -81,7 +83,7 @@ class Trainer:
             if last or stopping or _due(self.step, self.config.checkpoint.every):
                 with self.observer.phase("checkpoint"):
                     self.save()
-                self.observer.record_times(self.step)
+                self.observer.record_phases(self.step)
         return self.step == self.config.run.steps
 
     def train_step(self) -> dict[str, float]:
@@ -104,7 +106,8 @@ class Trainer:
         covariances = cov_logprob_advantage(mean_logprobs, advantages, batch.rewards.matrix)
         sampled = collected.metrics | self.rollout_metrics(collected.drawn.rollouts)
         source = {"actor/old_logprobs_from_rollout": float(self.config.actor.old_logprobs == "rollout")}
-        return {**learning, **update.metrics, **source, **covariances, **mismatch, **synced, **sampled}
+        speed = self.update_speed(batch.rollouts)
+        return {**learning, **update.metrics, **source, **covariances, **mismatch, **synced, **sampled, **speed}
 
     def draw(self, draw: int) -> Groups:
         """Sample and grade the stream's next questions; `draw` counts the step's draws, from 0."""
@@ -194,6 +197,18 @@ class Trainer:
             "rollout/truncated": float((~rollouts.finished).double().mean()),
             "rollout/tokens_per_second": float(rollouts.response_lengths.sum()) / self.observer.seconds("rollout"),
         }
+
+    def update_speed(self, rollouts: Rollouts) -> dict[str, float]:
+        """perf/* of the step's optimizer steps, which saw each sequence once."""
+        grid = self.actor.grid
+        return update_metrics(
+            ModelFlops.from_hf_config(self.actor.hf_config),
+            rollouts.lengths.tolist(),
+            num_targets=int(rollouts.response_lengths.sum()),
+            seconds=self.observer.seconds("update"),
+            num_ranks=grid.world.size(),
+            peak=peak_flops(grid.device, getattr(torch, self.config.model.dtype)),
+        )
 
     def warn_without_signal(self, metrics: dict[str, float]) -> None:
         """Say it when a step has nothing to learn from."""

@@ -120,9 +120,9 @@ def metrics(folder: Path, name: str) -> list[dict]:
 
 
 def without_times(rows: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in row.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"} for row in rows
-    ]
+    """Nor anything else that the machine decides."""
+    measured = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
+    return [{key: value for key, value in row.items() if not key.startswith(measured)} for row in rows]
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -173,6 +173,7 @@ def test_killed_run_resumes_bit_for_bit(folder, engine, more):
     assert [row["step"] for row in whole if {"risk/q_alpha_drift", "risk/q_beta_drift"} <= row.keys()] == [
         *range(2, 11)
     ]
+    assert all(row["perf/model_tflops"] > 0 and row["perf/update_tokens_per_second"] > 0 for row in whole[1:])
     if more:
         assert {row["rollout/rounds"] for row in whole[1:]} & {2, 3}
         assert any(0 < row["rollout/kept_share"] < 1 for row in whole[1:])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_riskpo.actor.actor import UpdateOutputs
+from megatron_riskpo.actor.flops import ModelFlops
 from megatron_riskpo.algorithms.config import MismatchConfig, PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.collect import Groups
@@ -117,6 +118,21 @@ def test_skipped_optimizer_steps_are_said_aloud(num_skipped):
     assert one.update(two_groups().rollouts, torch.zeros(2, 2), TokenInputs()) is outputs
     expected = "step 3: 2 of 4 optimizer steps skipped, their gradients were not finite"
     assert lines == ([expected] if num_skipped else [])
+
+
+def test_speed_of_an_update_counts_prompts_and_responses_over_all_ranks():
+    hf_config = {
+        "vocab_size": 90, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    }  # fmt: skip
+    grid = SimpleNamespace(world=SimpleNamespace(size=lambda: 2), device=torch.device("cpu"))
+    one = trainer(
+        TrainConfig(),
+        actor=SimpleNamespace(hf_config=hf_config, grid=grid),
+        observer=SimpleNamespace(seconds={"update": 0.5}.__getitem__),
+    )
+    flops = ModelFlops.from_hf_config(hf_config).forward_backward([2, 3, 4, 5], num_targets=10)
+    expected = {"perf/update_tokens_per_second": 28.0, "perf/model_tflops": flops / 0.5 / 2 / 1e12}
+    assert one.update_speed(two_groups().rollouts) == pytest.approx(expected)
 
 
 def test_sample_rows_show_both_rewards():

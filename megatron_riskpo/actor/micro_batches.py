@@ -3,18 +3,21 @@
 Ranks wait for each other when all their micro-batches are done, so the work of whole ranks is balanced first: each
 sequence, heaviest first, goes to the rank with the least work. Within a rank the same rule fills as few micro-batches
 as the token budget allows. Where that is too tight for it, best-fit packs to within a few tokens, and balances nothing.
-All of it is O(n log n).
+All of it takes O(n log n) comparisons.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heapreplace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_riskpo.actor.flops import ModelFlops
+
+Numbers = TypeVar("Numbers", float, NDArray[np.float64])
 
 MicroBatches = list[list[int]]
 """Sequence indices of each."""
@@ -36,30 +39,34 @@ class WorkModel:
         flops = ModelFlops.from_hf_config(hf_config)
         return cls(flops.per_token + flops.per_target, flops.per_squared_length)
 
-    def of(self, num_tokens: int) -> float:
-        """The work of one sequence."""
+    def of(self, num_tokens: Numbers) -> Numbers:
+        """The work of a sequence, or of each of an array's."""
         return num_tokens * self.linear + num_tokens**2 * self.quadratic
 
 
 @dataclass(frozen=True)
 class _Sequences:
-    """What planning needs to know of them. Lists, since single elements are looked up."""
+    """What planning needs to know of them, longest and so heaviest first. Below, a row is a place in this order.
 
+    Lists, since single elements are looked up; in the order in which they will be.
+    """
+
+    indices: list[int]
+    """The sequence's index among the lengths given."""
     tokens: list[int]
     """A sequence longer than the budget counts as one of just the budget: nothing fits beside it."""
     works: list[int]
     """In units of 2^-32 of the largest. Sums of integers do not depend on their order."""
-    heaviest_first: list[int]
-    """Indices; also by length, since work grows with it."""
     max_tokens: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], max_tokens: int, work: WorkModel) -> "_Sequences":
         array = np.asarray(lengths, dtype=np.int64)
-        amount = array * work.linear + array.astype(np.float64) ** 2 * work.quadratic
-        works = np.maximum(amount / amount.max() * 2.0**32, 1).astype(np.int64)
         order = np.argsort(-array, kind="stable")
-        return cls(np.minimum(array, max_tokens).tolist(), works.tolist(), order.tolist(), max_tokens)
+        array = array[order]
+        amount = work.of(array.astype(np.float64))
+        works = np.maximum(amount / amount[0] * 2.0**32, 1).astype(np.int64)
+        return cls(order.tolist(), np.minimum(array, max_tokens).tolist(), works.tolist(), max_tokens)
 
     def count_tokens(self, rows: Sequence[int]) -> int:
         return sum([self.tokens[row] for row in rows])
@@ -90,7 +97,11 @@ def plan_micro_batches(
     sequences = _Sequences.of(lengths, max_tokens, work)
     plan = _balanced(sequences, num_ranks, multiple_of) or _dealt(sequences, num_ranks, multiple_of)
     _fill_up(plan, _round_up(max(map(len, plan)), multiple_of))
-    return [[sorted(rows) for rows in sorted(bins, key=sequences.work, reverse=True)] for bins in plan]
+    indices = sequences.indices
+    return [
+        [sorted([indices[row] for row in rows]) for rows in sorted(bins, key=sequences.work, reverse=True)]
+        for bins in plan
+    ]
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -104,8 +115,8 @@ def _most(sequences: _Sequences, num_ranks: int, multiple_of: int) -> int:
 
 def _balanced(sequences: _Sequences, num_ranks: int, multiple_of: int) -> list[MicroBatches] | None:
     """Ranks of like work; some may still lack micro-batches. None where there are not enough sequences for it."""
-    rows, max_tokens = sequences.heaviest_first, sequences.max_tokens
-    total, most = sequences.count_tokens(rows), _most(sequences, num_ranks, multiple_of)
+    rows, max_tokens = range(len(sequences.tokens)), sequences.max_tokens
+    total, most = sum(sequences.tokens), _most(sequences, num_ranks, multiple_of)
     for count in range(_round_up(-(-total // (max_tokens * num_ranks)), multiple_of), most + 1, multiple_of):
         room = count * max_tokens
         # One micro-batch a rank needs no reserve: what the rank holds, fits into it.
@@ -119,7 +130,7 @@ def _balanced(sequences: _Sequences, num_ranks: int, multiple_of: int) -> list[M
 
 def _packed(sequences: _Sequences, ranks: Sequence[list[int]], count: int, multiple_of: int) -> list[MicroBatches]:
     """Each rank's sequences in `count` micro-batches, or in so many more that they fit."""
-    plan = [_spread(sequences, rows, count) or best_fit(sequences, rows) for rows in ranks]
+    plan = [_spread(sequences, rows, count) or _best_fit(sequences, rows) for rows in ranks]
     needed = _round_up(max(map(len, plan)), multiple_of)
     if needed > count:
         plan = [_spread(sequences, rows, needed) or bins for rows, bins in zip(ranks, plan, strict=True)]
@@ -169,11 +180,11 @@ def _lightest_first(sequences: _Sequences, rows: Sequence[int], num_bins: int, c
     return bins
 
 
-def best_fit(sequences: _Sequences, rows: Sequence[int]) -> MicroBatches:
+def _best_fit(sequences: _Sequences, rows: Sequence[int]) -> MicroBatches:
     """Few micro-batches: each of the rows, longest first, into the one that it leaves the least room in.
 
-    At most 11/9 of the fewest possible, and one or so: the bound of first-fit, which takes the first micro-batch with
-    room. The one with the least is found by bisection.
+    As good as first-fit, about 11/9 of the fewest possible at worst; and the one with the least room that is enough is
+    found by bisection, where first-fit goes through them all.
     """
     tokens, shortest = sequences.tokens, sequences.tokens[rows[-1]]
     bins: MicroBatches = []
@@ -198,7 +209,7 @@ def best_fit(sequences: _Sequences, rows: Sequence[int]) -> MicroBatches:
 def _dealt(sequences: _Sequences, num_ranks: int, multiple_of: int) -> list[MicroBatches]:
     """As few micro-batches as best-fit needs, dealt out by their work. For few long sequences, when ranks of like work
     would have more micro-batches than sequences."""
-    bins = best_fit(sequences, sequences.heaviest_first)
+    bins = _best_fit(sequences, range(len(sequences.tokens)))
     count, most = _round_up(-(-len(bins) // num_ranks), multiple_of), _most(sequences, num_ranks, multiple_of)
     if count > most:
         raise ValueError(

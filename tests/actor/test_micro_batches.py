@@ -58,7 +58,7 @@ def fewest(lengths: list[int], max_tokens: int) -> int:
 
 
 def works_of_ranks(plan: list[list[list[int]]], lengths: list[int], work: WorkModel) -> np.ndarray:
-    works = np.array([work.of(length) for length in lengths])
+    works = work.of(np.array(lengths, dtype=np.float64))
     return np.array([works[[row for rows in bins for row in rows]].sum() for bins in plan])
 
 

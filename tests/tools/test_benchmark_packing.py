@@ -21,5 +21,5 @@ def test_both_planners_are_measured_on_the_same_lengths(tmp_path: Path) -> None:
             assert 0 <= now["spread"] < 0.02
             assert now["spread"] <= before["spread"] + 1e-9
             assert now["in_step"] > -1e-9
-    for line in ("## 640 sequences, 4 ranks", "| lengths, model | planner |", "- 640 sequences, 4 ranks, median 4,000"):
+    for line in ("## 640 sequences, 4 ranks", "| lengths, model | planner |", "- median 4,000, 7B: planned in"):
         assert line in done.stdout
