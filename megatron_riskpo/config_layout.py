@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_riskpo.actor.flops import num_experts
+from megatron_riskpo.actor.flops import expert_width, num_experts
 from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
 from megatron_riskpo.errors import UsageError
 
@@ -11,14 +11,14 @@ from megatron_riskpo.errors import UsageError
 def mlp_columns(model: Mapping[str, Any]) -> dict[str, int]:
     """The width that splitting an MLP divides, by its name."""
     if num_experts(model):
-        return {"expert columns (moe_intermediate_size)": model["moe_intermediate_size"]}
+        return {"columns of an expert": expert_width(model)}
     return {"MLP columns (intermediate_size)": model["intermediate_size"]}
 
 
 def model_sizes(setup: Setup) -> str | None:
     sizes = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
     if num_experts(setup.model):
-        sizes += ["moe_intermediate_size", "num_experts_per_tok"]
+        sizes += ["num_experts_per_tok", *(["moe_intermediate_size"] if "moe_intermediate_size" in setup.model else [])]
     for key in sizes:
         value = setup.model.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -40,6 +41,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama": (LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": None}),
 }

@@ -63,10 +63,15 @@ def num_experts(config: Mapping[str, Any]) -> int:
     return config.get("num_local_experts") or config.get("num_experts") or 0
 
 
+def expert_width(config: Mapping[str, Any]) -> int:
+    """Columns of an expert; models in which every layer has experts may write it as any MLP's."""
+    return config.get("moe_intermediate_size") or config["intermediate_size"]
+
+
 def _active_mlp_weights(config: Mapping[str, Any], layer: int) -> int:
     """Weights of a gated MLP that a token meets: of the router and the experts it goes to, in a layer that has them."""
     hidden, experts = config["hidden_size"], num_experts(config)
     every = config.get("decoder_sparse_step") or 1
     if not experts or layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % every:
         return 3 * hidden * config["intermediate_size"]
-    return hidden * experts + config["num_experts_per_tok"] * 3 * hidden * config["moe_intermediate_size"]
+    return hidden * experts + config["num_experts_per_tok"] * 3 * hidden * expert_width(config)

@@ -7,12 +7,15 @@ from megatron_riskpo.actor.flops import num_experts
 from megatron_riskpo.checkpoint.weight_map.base import Family, ModelShape
 from megatron_riskpo.checkpoint.weight_map.llama import LLAMA
 from megatron_riskpo.checkpoint.weight_map.mistral import MISTRAL
+from megatron_riskpo.checkpoint.weight_map.mixtral import MIXTRAL
 from megatron_riskpo.checkpoint.weight_map.qwen2 import QWEN2
 from megatron_riskpo.checkpoint.weight_map.qwen3 import QWEN3
 from megatron_riskpo.checkpoint.weight_map.qwen3_moe import QWEN3_MOE
 from megatron_riskpo.errors import UsageError
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL)
+}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

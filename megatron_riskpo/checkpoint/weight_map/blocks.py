@@ -1,9 +1,12 @@
-"""The rules that decoder families share: what a table is put together from."""
+"""What decoder families share: the rules, and Megatron settings, that a table is put together from."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_riskpo.actor.flops import expert_width, num_experts
 from megatron_riskpo.checkpoint.weight_map.base import QKV, SINGLE, STACKED, Rule
 
 _HF_LAYER = "model.layers.{layer}."
-_HF_EXPERT = _HF_LAYER + "mlp.experts.{expert}."
 _LAYER = "decoder.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.local_experts.{expert}."
 
@@ -48,17 +51,34 @@ GATED_MLP = (
     _split("mlp.linear_fc2.weight", "mlp.down_proj.weight", 1),
 )
 
-GATED_EXPERTS = (
-    _whole("mlp.router.weight", "mlp.gate.weight"),
-    Rule(
-        _EXPERT + "linear_fc1.weight",
-        (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
-        None,
-        STACKED,
-    ),
-    Rule(_EXPERT + "linear_fc2.weight", (_HF_EXPERT + "down_proj.weight",), None, SINGLE),
-)
-"""A router and experts. Experts are dealt out to the expert-parallel ranks, none is split."""
+
+def gated_experts(router: str, expert: str, projections: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """A router and experts: Hugging Face's names within a layer, `expert` up to the projections (gate, up, down).
+
+    Experts are dealt out to the expert-parallel ranks, none is split.
+    """
+    gate, up, down = (f"{_HF_LAYER}{expert}{name}.weight" for name in projections)
+    return (
+        _whole("mlp.router.weight", f"{router}.weight"),
+        Rule(_EXPERT + "linear_fc1.weight", (gate, up), None, STACKED),
+        Rule(_EXPERT + "linear_fc2.weight", (down,), None, SINGLE),
+    )
+
+
+def moe_options(hf_config: Mapping[str, Any], *, normalized: bool) -> dict[str, Any]:
+    """Arguments of Megatron's TransformerConfig; `normalized`: the chosen experts' probabilities sum to 1."""
+    return {
+        "num_moe_experts": num_experts(hf_config),
+        "moe_ffn_hidden_size": expert_width(hf_config),
+        "moe_router_topk": hf_config["num_experts_per_tok"],
+        # Softmax over all experts before the choice, or over the chosen ones after it.
+        "moe_router_pre_softmax": not normalized,
+        "moe_router_dtype": "fp32",
+        # Pretraining's balance of experts is not an aim here: it would pull the policy off its objective.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
 
 OUTER = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), 0, SINGLE, is_vocab=True),
