@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> None:
+def _scripts_importable() -> Iterator[None]:
     sys.path.insert(0, str(FOLDER))
     yield
     sys.path.remove(str(FOLDER))

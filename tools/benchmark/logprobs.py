@@ -97,7 +97,7 @@ def print_case(case: dict[str, Any]) -> None:
     # A GPU's seconds are not the process's.
     kind = "wall" if torch.cuda.is_available() else "processor"
     verdicts = [
-        f"{name} {value:.2f} of {BASELINE}, goal {goal}: {'met' if value <= goal else 'missed'}"
+        f"{name} {value:.3f} of {BASELINE}, goal {goal}: {'met' if value <= goal else 'missed'}"
         for name, value, goal in ((f"{kind} time", ratio[kind], TIME_GOAL), ("peak", ratio["memory"], MEMORY_GOAL))
     ]
     differences = ", ".join(f"{way} {value:.0e}" for way, value in case["differences"].items())
