@@ -11,6 +11,7 @@ from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.algorithms.spectra import cvar, mvar, rvar
 
 NUM_PASS_RATE_BINS = 5
+EFFECTIVE_WEIGHT = "risk/effective_weight/"
 
 
 def risk_metrics(scores: Distribution, quantiles: tuple[float, float], config: AlgorithmConfig) -> dict[str, float]:
@@ -64,7 +65,7 @@ def effective_weights(
     counts = torch.bincount(bins, minlength=NUM_PASS_RATE_BINS).tolist()
     sums = torch.bincount(bins, weights, minlength=NUM_PASS_RATE_BINS).tolist()
     return {
-        f"risk/effective_weight/{index / NUM_PASS_RATE_BINS:.1f}-{(index + 1) / NUM_PASS_RATE_BINS:.1f}": total / count
+        f"{EFFECTIVE_WEIGHT}{index / NUM_PASS_RATE_BINS:.1f}-{(index + 1) / NUM_PASS_RATE_BINS:.1f}": total / count
         for index, (total, count) in enumerate(zip(sums, counts, strict=True))
         if count
     }
