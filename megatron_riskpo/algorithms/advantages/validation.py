@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_riskpo.algorithms.advantages.registry import ESTIMATORS
 from megatron_riskpo.algorithms.config import AlgorithmConfig
+from megatron_riskpo.algorithms.meant_values import as_meant
 from megatron_riskpo.algorithms.option_checks import check_literals, check_name, check_range
 from megatron_riskpo.errors import UsageError
 
@@ -68,12 +69,12 @@ def _check_options_have_effect(config: AlgorithmConfig) -> None:
 
 
 def validated_rewards(rewards: Tensor) -> Tensor:
-    """The reward matrix as float64 on the CPU. Raises UsageError where it is no finite [num_prompts, group_size]."""
+    """The reward matrix as float64 on the CPU (`as_meant`). Raises UsageError where it is no finite [num_prompts, group_size]."""
     if rewards.dim() != 2 or rewards.numel() == 0:
         raise UsageError(
             f"rewards are {list(rewards.shape)}: give a matrix [num_prompts, group_size] that is not empty"
         )
-    rewards = rewards.detach().to("cpu", torch.float64)
+    rewards = as_meant(rewards.detach().cpu())
     broken = (~rewards.isfinite()).nonzero()
     if len(broken):
         prompt, response = broken[0].tolist()
