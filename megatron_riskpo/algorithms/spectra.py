@@ -6,7 +6,8 @@ All of them are J = integral_0^1 phi(u) F^-1(u) du with F^-1 the quantile functi
     psi(s) = - integral_s^max phi(F(t)) dt,
 
 which stays right where F has atoms; verifiable rewards are all atoms. psi <= 0 with psi(max) = 0; any constant may be
-added. At u = F(t) on a jump of phi the value above the jump counts, as inf{x : F(x) >= u} does for quantiles.
+added that does not depend on S. At u = F(t) on a jump of phi the value above the jump counts, as inf{x : F(x) >= u}
+does for quantiles.
 """
 
 from collections.abc import Callable, Mapping, Sequence
