@@ -84,7 +84,8 @@ class PolicyLossConfig:
     kl_coefficient: float = 0.0
     """Weight of the KL divergence to the model that the run started from; 0 keeps no copy of it."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimate of that divergence from one sample, with d = log ref - log pi: -d, d^2 / 2 or exp(d) - d - 1."""
+    """Estimate of that divergence from one sample, with d = log ref - log pi: -d, d^2 / 2 or exp(d) - d - 1. k1 has no
+    gradient on average: kl_in = "reward" only."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Add the divergence to the loss (differentiated), or take its sum over a response off the reward."""
     cov_fraction: float = 2e-4

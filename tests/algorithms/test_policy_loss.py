@@ -258,6 +258,7 @@ def test_missing_inputs_and_wrong_shapes_are_refused(config, changes, said):
         ({"kind": "kl_cov", "cov_kl_coefficient": -1.0}, "0 or more"),
         ({"kind": "gsop"}, "did you mean gspo"),
         ({"kl_estimator": "k4"}, "choose from k1, k2, k3"),
+        ({"kl_estimator": "k1", "kl_coefficient": 0.1}, "choose k2 or k3, or loss.kl_in = reward"),
         ({"aggregation": "token"}, "did you mean token_mean"),
         ({"kind": "cispo", "dual_clip": 3.0}, "no effect on loss.kind = cispo: leave it out, or use gspo, ppo"),
         ({"kind": "reinforce", "clip_high": 0.28}, "no effect on loss.kind = reinforce"),
