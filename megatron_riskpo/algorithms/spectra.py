@@ -105,17 +105,25 @@ def spectrum_of(config: AlgorithmConfig) -> Spectrum:
 
 def _user_spectrum(name: str, config: AlgorithmConfig) -> Spectrum:
     function = load_function("algorithm.spectrum", name)
-    levels = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    try:
-        values = function(levels, config)
-    # Whatever the user's function raises.
-    except Exception as error:
-        raise UsageError(f"algorithm.spectrum = {name} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(values, Tensor) or values.shape != levels.shape:
-        raise UsageError(f"algorithm.spectrum = {name} must return a tensor of the shape of its levels")
-    if not (values.isfinite() & (values >= 0)).all():
-        raise UsageError(f"algorithm.spectrum = {name} must be finite and >= 0 for all levels 0 <= u < 1")
-    return Spectrum(lambda u: function(u, config).to(torch.float64))
+
+    def density(levels: Tensor) -> Tensor:
+        try:
+            values = function(levels, config)
+        # Whatever the user's function raises.
+        except Exception as error:
+            raise UsageError(f"algorithm.spectrum = {name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(values, Tensor) or values.shape != levels.shape:
+            raise UsageError(f"algorithm.spectrum = {name} must return a tensor of the shape of its levels")
+        broken = levels[~(values.isfinite() & (values >= 0))]
+        if broken.numel():
+            raise UsageError(
+                f"algorithm.spectrum = {name} must be finite and >= 0 for all levels 0 <= u < 1, which it is not at u = "
+                f"{float(broken[0]):g}"
+            )
+        return values.to(torch.float64)
+
+    density(torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1])
+    return Spectrum(density)
 
 
 def rule_weights(
@@ -129,8 +137,9 @@ def rule_weights(
         # One row of values as well: the pooled atoms are too many for a copy a group.
         return rule_weights(values.reshape(1, -1), scores, density).view(values.shape)
     atoms = scores.atoms
-    # Above the last atom that has mass psi is 0.
-    slopes = torch.where(scores.cdf < 1, density(scores.cdf.clamp(max=1.0)), 0.0)
+    # Above the last atom that has mass psi is 0, and phi need not be defined.
+    below = scores.cdf < 1
+    slopes = torch.zeros_like(scores.cdf).masked_scatter_(below, density(scores.cdf[below]))
     gaps = atoms.diff(dim=1, append=atoms[:, -1:])
     at_atoms = -(slopes * gaps).flip(1).cumsum(1).flip(1)
     first_slope = density(torch.zeros(1, dtype=torch.float64))
