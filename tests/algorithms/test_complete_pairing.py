@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from megatron_riskpo.algorithms import AlgorithmConfig, QuantileTracker, compute_advantages
 from megatron_riskpo.algorithms.complete_pairing import _block, _listed_block, complete_blocks
 from megatron_riskpo.algorithms.convolution import convolve, means_over_the_others
+from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.algorithms.lattice import Lattice
 from megatron_riskpo.algorithms.score_blocks import pool
+from megatron_riskpo.algorithms.spectra import rule_weights, spectrum_of
 from megatron_riskpo.algorithms.subsets import LatticeSubsets, ListedSubsets, _unique_rows, response_subsets
 
 
@@ -200,6 +202,27 @@ def test_short_and_long_convolutions_agree_with_the_definition(points):
         expected = [float(others @ psi[row, v : v + len(others)]) for v in range(points)]
         torch.testing.assert_close(means[row, own], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(convolve(masses[:, 0], masses[:, 1]).sum(1), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spectrum", ["max_at_k", "mvar"])
+@pytest.mark.parametrize("source", ["global", "bundle"])
+def test_transforms_make_no_scores_that_no_bundle_has(source, spectrum):
+    """A lattice of 100 steps, most points of which no sum reaches. Second way: all 32 sums."""
+    rewards = torch.tensor([[0.0, 0.01], [0.0, 1.0], [0.0, 1.0], [0.3, 0.3], [0.0, 1.0]], dtype=torch.float64)
+    config = AlgorithmConfig(bundle_size=5, pairing="complete", spectrum=spectrum, quantile_source=source)
+    (block,) = complete_blocks(rewards, config, None, seeded(0))
+    scores = sorted(float(sum(choice)) for choice in itertools.product(*rewards.tolist()))
+    for found in (block.pooled, block.rows()):
+        present = found.masses[0] > 0
+        assert found.support() == pytest.approx((scores[0], scores[-1]), abs=1e-12)
+        assert found.atoms[0][present].tolist() == pytest.approx(sorted({round(s, 9) for s in scores}), abs=1e-9)
+    assert float(block.pooled.masses.sum()) == pytest.approx(1, abs=1e-15)
+    advantages = compute_advantages(rewards, config, generator=seeded(0)).advantages
+    of_sample = Distribution.of_sample(torch.tensor(scores, dtype=torch.float64))
+    values = torch.tensor(list(itertools.product(*rewards.tolist())), dtype=torch.float64).sum(1)
+    psi = rule_weights(values[None], of_sample, spectrum_of(config).density).view(2, 2, 2, 2, 2)
+    expected = torch.stack([psi.mean([other for other in range(5) if other != own]) for own in range(5)])
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-12)
 
 
 def test_continuous_rewards_stay_within_the_stated_error():
