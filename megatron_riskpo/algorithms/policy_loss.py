@@ -170,6 +170,12 @@ def _check_inputs(
             f"policy_loss needs flat log-probs, got {list(logprobs.shape)}, and an advantage a response, got "
             f"{list(advantages.shape)} for {list(lengths.shape)} lengths"
         )
+    # By segment_reduce and repeat_interleave as well, each with words of its own.
+    if int(lengths.sum()) != logprobs.numel() or (lengths < 0).any():
+        raise ValueError(
+            f"policy_loss: response_lengths add up to {int(lengths.sum())} tokens, with {logprobs.numel()} log-probs; "
+            "give each response's tokens, 0 or more"
+        )
     per_token = {item.name: getattr(tokens, item.name) for item in fields(tokens)} | {"entropy": entropy}
     for name, values in per_token.items():
         if values is not None and values.shape != logprobs.shape:
