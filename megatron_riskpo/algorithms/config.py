@@ -11,8 +11,8 @@ class AlgorithmConfig:
     estimator: str = "riskpo"
     """Advantage estimator; `--algorithm.estimator list` prints all of them, docs/methods.md has their formulas."""
     spectrum: str = "mvar"
-    """Risk measure of riskpo: mean, cvar, rvar, mvar, upper_tail, upper_mvar, max_at_k, or your own density as
-    FILE.py:function or module:function (docs/risk.md)."""
+    """Risk measure of riskpo: mean, cvar, rvar, mvar, upper_tail, upper_mvar, max_at_k (`--algorithm.spectrum list`
+    prints them), or your own density as FILE.py:function or module:function (docs/risk.md)."""
     alpha: float = 0.2
     """Lower quantile level of the risk measures, 0 < alpha < beta."""
     beta: float = 0.8

@@ -51,8 +51,8 @@ def effective_weights(
 
     A question's weight is the regression slope of its advantages on its rewards, averaged over the questions of a bin:
     the coefficient of its own REINFORCE gradient, but for what its advantages have in common where that depends on its
-    own rewards (natural baseline with the quantiles of the question alone). The pass rate is the share of responses with reward > 0. Questions
-    whose rewards are all equal have no slope and bins without questions are left out.
+    own rewards (natural baseline with the quantiles of the question alone). The pass rate is the share of responses
+    with reward > 0. Questions whose rewards are all equal have no slope and bins without questions are left out.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     spread = centred.square().sum(dim=1)

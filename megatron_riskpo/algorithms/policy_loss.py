@@ -48,8 +48,8 @@ def validate_policy_loss(config: PolicyLossConfig) -> None:
         raise UsageError("loss.cov_fraction = 0 is out of range: it must be more than 0; for none, loss.kind = ppo")
     if _kl_in_loss(config) and config.kl_estimator == "k1":
         raise UsageError(
-            "loss.kl_estimator = k1 in the loss has an expected gradient of 0, so that it only adds noise: choose k2 or "
-            "k3, or loss.kl_in = reward"
+            "loss.kl_estimator = k1 in the loss has an expected gradient of 0 and only adds noise: choose k2 or k3, or "
+            "loss.kl_in = reward"
         )
     _check_effect(config)
 

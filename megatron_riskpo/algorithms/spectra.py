@@ -30,8 +30,6 @@ Density = Callable[[Tensor], Tensor]
 Steps = tuple[tuple[float, float], ...]
 """(level, height) pairs of a piecewise constant spectrum: phi(u) = sum of height * 1{u < level}, 0 < level <= 1."""
 
-_QUADRATURE_POINTS = 2**14
-
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -117,8 +115,8 @@ def _user_spectrum(name: str, config: AlgorithmConfig) -> Spectrum:
         broken = levels[~(values.isfinite() & (values >= 0))]
         if broken.numel():
             raise UsageError(
-                f"algorithm.spectrum = {name} must be finite and >= 0 for all levels 0 <= u < 1, which it is not at u = "
-                f"{float(broken[0]):g}"
+                f"algorithm.spectrum = {name} must be finite and >= 0 for all levels 0 <= u < 1, which it is not at "
+                f"u = {float(broken[0]):g}"
             )
         return values.to(torch.float64)
 
@@ -189,12 +187,3 @@ def mvar(scores: Distribution, alpha: float, beta: float, omega: float) -> float
     Not normalised, as in the paper: its weights integrate to beta + omega * alpha.
     """
     return (1 + omega) * quantile_integral(scores, 0.0, alpha) + quantile_integral(scores, alpha, beta)
-
-
-def spectral_risk(scores: Distribution, spectrum: Spectrum) -> float:
-    """J of the one row: exact for steps, else by the midpoint rule with 16,384 points."""
-    if spectrum.steps is not None:
-        return sum(height * quantile_integral(scores, 0.0, level) for level, height in spectrum.steps)
-    levels = (torch.arange(_QUADRATURE_POINTS, dtype=torch.float64) + 0.5) / _QUADRATURE_POINTS
-    index = torch.searchsorted(scores.cdf[0].contiguous(), levels).clamp(max=scores.atoms.size(1) - 1)
-    return float((spectrum.density(levels) * scores.atoms[0][index]).mean())

@@ -36,7 +36,7 @@ def test_whole_numbers_and_doubles_are_as_they_are(values: torch.Tensor) -> None
 @pytest.mark.parametrize("steps", [10, 100])
 @pytest.mark.parametrize("dtype", LOW)
 def test_advantages_are_those_of_the_same_rewards_in_float64(dtype: torch.dtype, steps: int, bundling: str) -> None:
-    """Tenths and hundredths in float32 were off the lattice by 1e-8, and went through the one for continuous rewards."""
+    """Tenths in float32 were off the lattice by 1e-8, and went through the one for continuous rewards."""
     rewards = torch.randint(steps + 1, (64, 10), generator=torch.Generator().manual_seed(0)).double() / steps
     assert Lattice.of(as_meant(rewards.to(dtype))).num_steps == steps
     config = AlgorithmConfig(bundling=bundling, bundle_size=4, pairing="complete", baseline="leave_one_out")

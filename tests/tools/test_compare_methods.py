@@ -3,8 +3,6 @@
 Not tested: the runs.
 """
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -33,12 +31,10 @@ SAID = {
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "tools"))
+def tool() -> ModuleType:
     import compare_methods
 
-    yield compare_methods
-    sys.path.remove(str(ROOT / "tools"))
+    return compare_methods
 
 
 @pytest.mark.parametrize("name", ["self", "paper", "grpo", "seeking"])

@@ -4,8 +4,6 @@ Not tested: the pictures.
 """
 
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +16,6 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "risk.md").read_text(encoding="utf-8")
 SCORES = range(6)
 NUM_STEPS = 100
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT / "tools"))
-    yield
-    sys.path.remove(str(ROOT / "tools"))
 
 
 @pytest.fixture(scope="module")

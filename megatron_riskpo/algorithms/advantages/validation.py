@@ -75,7 +75,8 @@ def _check_options_have_effect(config: AlgorithmConfig) -> None:
 
 
 def validated_rewards(rewards: Tensor) -> Tensor:
-    """The reward matrix as float64 on the CPU (`as_meant`). Raises UsageError where it is no finite [num_prompts, group_size]."""
+    """The reward matrix as float64 on the CPU (`as_meant`). Raises UsageError where it is no finite
+    [num_prompts, group_size]."""
     _check_tensor("rewards", rewards)
     if rewards.dim() != 2 or rewards.numel() == 0:
         raise UsageError(
