@@ -123,6 +123,7 @@ class LatticeSubsets:
         self._index = cases.floor().long()
         self._fraction = cases - self._index
         self._points = size * lattice.origin + lattice.step * torch.arange(self._num_points, dtype=torch.float64)
+        self._taking, self._leaving = _chances(cases.size(1), size)
         self._case_masses = torch.cat([self._masses(*part)[-1][:, -1] for part in self._chunks()])
 
     def values(self) -> Tensor:
@@ -155,20 +156,13 @@ class LatticeSubsets:
         rows = self._rows_at_a_time
         return list(zip(self._index.split(rows), self._fraction.split(rows), strict=True))
 
-    def _chances(self, j: int) -> tuple[Float64[Tensor, "size 1"], Float64[Tensor, "size 1"]]:
-        """The probabilities of taking response j and of leaving it where k = 0 ... size - 1 were taken before it."""
-        num_left = self._index.size(1) - j
-        # No k at which more are wanted than are left is ever reached.
-        num_wanted = (self._size - torch.arange(self._size, dtype=torch.float64)).clamp(max=num_left)[:, None]
-        return num_wanted / num_left, (num_left - num_wanted) / num_left
-
     def _masses(self, index: Int64[Tensor, "n group_size"], fraction: Tensor) -> list[Tensor]:
         """[j][row, k, s]: the probability that k of the first j responses are taken, with the sum s."""
         masses = torch.zeros(len(index), self._size + 1, self._num_points, dtype=torch.float64)
         masses[:, 0, 0] = 1
         steps = [masses]
         for j in range(index.size(1)):
-            taking, leaving = self._chances(j)
+            taking, leaving = self._taking[j], self._leaving[j]
             masses = torch.cat([leaving * steps[-1][:, :-1], steps[-1][:, -1:]], dim=1)
             masses[:, 1:] += self._shifted(taking * steps[-1][:, :-1], index[:, j], fraction[:, j], direction=-1)
             steps.append(masses)
@@ -182,7 +176,7 @@ class LatticeSubsets:
         expected[:, -1] = psi
         means = torch.empty(index.shape, dtype=torch.float64)
         for j in reversed(range(group_size)):
-            taking, leaving = self._chances(j)
+            taking, leaving = self._taking[j], self._leaving[j]
             if_taken = self._shifted(expected[:, 1:], index[:, j], fraction[:, j], direction=1)
             # Of all subsets size / group_size contain the response.
             means[:, j] = (masses[j][:, :-1] * taking * if_taken).sum(dim=(1, 2)) * (group_size / self._size)
@@ -202,6 +196,16 @@ class LatticeSubsets:
         inside = (source >= 0) & (source < self._num_points)
         source = source.clamp(0, self._num_points - 1)[:, None, :].expand_as(table)
         return table.gather(2, source) * inside[:, None, :]
+
+
+def _chances(
+    group_size: int, size: int
+) -> tuple[Float64[Tensor, "group_size size 1"], Float64[Tensor, "group_size size 1"]]:
+    """[j, k]: the probabilities of taking response j and of leaving it where k < size were taken before it."""
+    num_left = torch.arange(group_size, 0, -1, dtype=torch.float64)[:, None, None]
+    # No k at which more are wanted than are left is ever reached.
+    num_wanted = torch.arange(size, 0, -1, dtype=torch.float64)[None, :, None].minimum(num_left)
+    return num_wanted / num_left, (num_left - num_wanted) / num_left
 
 
 def _unique_rows(
