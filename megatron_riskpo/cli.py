@@ -18,8 +18,7 @@ from megatron_riskpo.errors import RiskpoError, UsageError
 if TYPE_CHECKING:
     from megatron_riskpo.config import SftConfig, TrainConfig
 
-_ESTIMATOR = "--algorithm.estimator"
-_REGISTRY_OPTIONS = (_ESTIMATOR, "--loss.kind")
+_REGISTRY_OPTIONS = ("--algorithm.estimator", "--algorithm.spectrum", "--loss.kind")
 
 _OVERRIDES_HELP = (
     "change options of the file: --section.key value, for example --actor.tp 2 --data.options.max_terms 3; "
@@ -166,9 +165,11 @@ def _registry_asked_for(arguments: list[str]) -> str | None:
 
 def _print_registry(option: str) -> int:
     from megatron_riskpo.algorithms.advantages import ESTIMATORS
+    from megatron_riskpo.algorithms.spectra import SPECTRA
     from megatron_riskpo.algorithms.surrogates import SURROGATES
 
-    for name, entry in sorted((ESTIMATORS if option == _ESTIMATOR else SURROGATES).items()):
+    registries = dict(zip(_REGISTRY_OPTIONS, (ESTIMATORS, SPECTRA, SURROGATES), strict=True))
+    for name, entry in sorted(registries[option].items()):
         print(f"{name}: {entry.description}")
     return 0
 

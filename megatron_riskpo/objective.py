@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from megatron_riskpo.algorithms import AlgorithmConfig, QuantileTracker, compute_advantages
 from megatron_riskpo.algorithms.advantages import ESTIMATORS
-from megatron_riskpo.algorithms.diagnostics import reward_metrics
+from megatron_riskpo.algorithms.diagnostics import EFFECTIVE_WEIGHT, effective_weights, reward_metrics
 from megatron_riskpo.algorithms.pass_rates import PassRates
 from megatron_riskpo.collect import Collected
 
@@ -34,6 +34,7 @@ class Objective:
         """Float64 [num_prompts, group_size] of the batch, from its shaped rewards; metrics reward/* and risk/*.
 
         reward/* but for reward/shaped_mean are those of the graders, of all responses that were sampled.
+        risk/effective_weight/* are by the graded rewards, too: a penalty does not make a right answer wrong.
         """
         batch, drawn = collected.batch, collected.drawn
         # From the steps before: a question's own rewards must not choose the bundle that they are weighed in.
@@ -44,7 +45,8 @@ class Objective:
         self.tracker = estimate.tracker
         if self.pass_rates is not None:
             self.pass_rates = self.pass_rates.update(drawn.rows, drawn.rewards.matrix)
-        metrics = estimate.metrics | reward_metrics(drawn.rewards.matrix)
+        metrics = {key: value for key, value in estimate.metrics.items() if not key.startswith(EFFECTIVE_WEIGHT)}
+        metrics |= reward_metrics(drawn.rewards.matrix) | effective_weights(batch.rewards.matrix, estimate.advantages)
         metrics |= {
             "reward/errors": float(drawn.rewards.errors.sum()),
             "reward/shaped_mean": float(shaped.mean()),

@@ -94,7 +94,11 @@ def test_help_lists_every_option_with_its_meaning(recipe: str, capfd) -> None:
 
 @pytest.mark.parametrize(
     ("option", "names"),
-    [("--algorithm.estimator", {"grpo", "riskpo"}), ("--loss.kind", {"gspo", "ppo"})],
+    [
+        ("--algorithm.estimator", {"grpo", "riskpo"}),
+        ("--algorithm.spectrum", {"mvar", "max_at_k"}),
+        ("--loss.kind", {"gspo", "ppo"}),
+    ],
 )
 @pytest.mark.parametrize("form", ["after a file", "alone", "with ="])
 def test_list_prints_the_registry(option: str, names: set[str], form: str, recipe: str, capfd) -> None:

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_riskpo.algorithms import AlgorithmConfig, compute_advantages
+from megatron_riskpo.algorithms import AlgorithmConfig, PolicyLossConfig, compute_advantages
 from megatron_riskpo.algorithms.advantages import ESTIMATORS
+from megatron_riskpo.algorithms.kl import kl_penalty
 from megatron_riskpo.collect import Collected, Groups
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.objective import Objective, without_signal
@@ -69,6 +71,24 @@ def test_pass_rates_are_those_of_earlier_steps_and_of_all_that_was_drawn():
             for name in ("risk/q_alpha", "risk/q_beta"):
                 assert metrics[f"{name}_drift"] == metrics[name] - before[name]
         before = metrics
+
+
+def test_effective_weights_are_by_graded_rewards_under_a_divergence_in_the_reward():
+    """kl_in = reward shifts rewards by a divergence of either sign: right answers may end below 0, wrong ones above."""
+    drawn = groups([0, 1], torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]))
+    num_tokens = int(drawn.lengths.sum())
+    logprobs = torch.randn(num_tokens, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = PolicyLossConfig(kl_coefficient=2.0, kl_in="reward", kl_estimator="k1")
+    shaped = kl_penalty(drawn.rewards.matrix, logprobs, torch.zeros_like(logprobs), drawn.lengths.flatten(), loss)
+    assert ((shaped > 0) != (drawn.rewards.matrix > 0)).any()
+    config = AlgorithmConfig(estimator="dr_grpo")
+    advantages, metrics = Objective(config, 2).advantages(Collected(drawn, drawn, {}), shaped, generator(0))
+    # Of the one question with 1 of 4 right, and of the one with 3 of 4.
+    slopes = [np.polyfit(r, a, 1)[0] for r, a in zip(drawn.rewards.matrix.numpy(), advantages.numpy(), strict=True)]
+    weights = {key: value for key, value in metrics.items() if key.startswith("risk/effective_weight/")}
+    assert weights == pytest.approx(
+        {"risk/effective_weight/0.2-0.4": slopes[0], "risk/effective_weight/0.6-0.8": slopes[1]}
+    )
 
 
 def test_a_restored_objective_goes_on_bit_for_bit():

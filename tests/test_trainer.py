@@ -37,14 +37,14 @@ def two_groups() -> Groups:
     return Groups([5, 2], rollouts, Rewards(matrix, torch.zeros(2, 2, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("kl_in", ["loss", "reward"])
-def test_rewards_are_shaped_by_length_and_divergence(kl_in):
+@pytest.mark.parametrize(("kl_in", "estimator"), [("loss", "k2"), ("reward", "k1")])
+def test_rewards_are_shaped_by_length_and_divergence(kl_in, estimator):
     batch, g = two_groups(), torch.Generator().manual_seed(1)
     old, ref = (-torch.rand(10, generator=g, dtype=torch.float64) for _ in range(2))
     config = TrainConfig(
         rollout=RolloutConfig(max_response_tokens=4),
         rewards=RewardConfig(overlong_buffer_tokens=2, overlong_penalty=0.5),
-        loss=PolicyLossConfig(kl_coefficient=0.1, kl_estimator="k1", kl_in=kl_in),
+        loss=PolicyLossConfig(kl_coefficient=0.1, kl_estimator=estimator, kl_in=kl_in),
     )
     expected = [1.0, 0.0, 0.0 - 0.25, 1.0 - 0.5]
     if kl_in == "reward":

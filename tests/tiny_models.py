@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama": (LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
-    "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": None}),
+    "mistral": (MistralConfig, {"head_dim": 64, "sliding_window": None}),
 }
 """By model_type: transformers' configuration, and what the family has of its own."""
 

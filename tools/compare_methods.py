@@ -33,17 +33,18 @@ class Method:
 
 
 NO_BASELINE = ("--algorithm.baseline", "natural", "--algorithm.scale", "none")
+RANDOM_BUNDLES = ("--algorithm.bundling", "random", "--algorithm.pairing", "permutation")
 METHODS = {
     "self": Method("riskpo, self bundles, complete pairing", ("--algorithm.pairing", "complete")),
     "paper": Method(
         "riskpo as in the paper: random bundles, one permutation, tracked quantiles",
-        ("--algorithm.bundling", "random", "--algorithm.quantile_source", "tracked", *NO_BASELINE),
+        (*RANDOM_BUNDLES, "--algorithm.quantile_source", "tracked", *NO_BASELINE),
     ),
     "grpo": Method(
         "grpo",
         (
-            *("--algorithm.estimator", "grpo", "--algorithm.bundling", "random", "--algorithm.bundle_size", "5"),
-            *(*NO_BASELINE, "--loss.kind", "ppo"),
+            *("--algorithm.estimator", "grpo", *RANDOM_BUNDLES, "--algorithm.bundle_size", "5", *NO_BASELINE),
+            *("--loss.kind", "ppo"),
         ),
     ),
     "seeking": Method(

@@ -62,8 +62,10 @@ def effective_weights(config: AlgorithmConfig, batch: Batch = Batch(), seed: int
     """The coefficient of each question's own REINFORCE gradient, E[A | right] - E[A | wrong].
 
     A policy that answers right with probability p has the expected gradient E[A grad log pi] = (that coefficient) times
-    grad p: 1 for the mean objective. The metrics risk/effective_weight/* estimate the same from one batch. Bundling
-    `sorted` gets the mean reward of as many answers of a step before as pass rate.
+    grad p: 1 for the mean objective. The metrics risk/effective_weight/* estimate the same from one batch as long as
+    what a question's advantages have in common does not depend on its own rewards: they are slopes within a question.
+    Under the natural baseline the quantiles of the question alone (self bundles, quantile_source bundle) do depend on
+    them. Bundling `sorted` gets the mean reward of as many answers of a step before as pass rate.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = torch.stack([_one_step(config, batch, generator) for _ in range(batch.num_steps)])

@@ -30,9 +30,9 @@ def complete_blocks(
     rewards: Float64[Tensor, "num_prompts group_size"], config: AlgorithmConfig,
     pass_rates: Float64[Tensor, " num_prompts"] | None, generator: Generator | None,
 ) -> list[ScoreBlock]:  # fmt: skip
-    """One block for each number of questions that a group has; one for all questions with self bundles."""
+    """One block for each number of questions that a group has; with self bundles one for some questions at a time."""
     if config.bundling == "self":
-        return [_own_block(rewards, config.bundle_size)]
+        return _own_blocks(rewards, config.bundle_size)
     groups = make_groups(rewards.size(0), config, pass_rates, generator)
     lattice = Lattice.of(rewards)
     blocks = []
@@ -65,7 +65,7 @@ def _block(lattice: Lattice, members: Int64[Tensor, "n size"], owned: Tensor, bu
         num_rows=len(members),
         pooled=Distribution.pool([Distribution.of_masses(atoms, total)], [1.0]),
         rows=lambda: Distribution.of_masses(atoms, torch.cat([sum_masses(masses[chunk]) for chunk in chunks])),
-        values=atoms[None],
+        values=lambda: atoms[None],
         questions=questions,
         row_of=owned.nonzero()[:, 0],
         spread=spread,
@@ -76,45 +76,43 @@ def _listed_block(
     rewards: Float64[Tensor, "num_prompts group_size"], members: Int64[Tensor, "n size"], owned: Tensor,
     bundle_size: int,
 ) -> ScoreBlock:  # fmt: skip
-    """All combinations of the responses of each group; a dimension a question while they are added and averaged."""
-    size, shape = members.size(1), (len(members), *[rewards.size(1)] * members.size(1))
-    sums = torch.zeros(shape, dtype=torch.float64)
+    """All combinations of the responses of each group, those that differ in the last question's response only side by
+    side."""
+    (num_groups, size), group_size = members.shape, rewards.size(1)
+    sums = torch.zeros(num_groups, 1, dtype=torch.float64)
     for place in range(size):
-        sums += _along(rewards[members[:, place]], place, size)
-    values = (bundle_size / size * sums).flatten(1)
+        sums = (sums[:, :, None] + rewards[members[:, place], None, :]).flatten(1)
+    values = bundle_size / size * sums
 
     def spread(psi: Tensor) -> Tensor:
-        table = psi.view(shape)
-        means = [table.mean(dim=[1 + other for other in range(size) if other != place]) for place in range(size)]
-        # Without others to average over, mean(dim=[]) would average over everything.
-        return (torch.stack(means, dim=1) if size > 1 else psi[:, None])[owned]
+        # Combinations by (responses to the questions before, to this one, to those behind it).
+        tables = (psi.view(num_groups, group_size**place, group_size, -1) for place in range(size))
+        return torch.stack([table.mean(dim=(1, 3)) for table in tables], dim=1)[owned]
 
     return ScoreBlock(
-        num_rows=len(members),
+        num_rows=num_groups,
         pooled=Distribution.of_sample(values.flatten()),
         rows=lambda: Distribution.of_sample(values),
-        values=values,
+        values=lambda: values,
         questions=members[owned],
         row_of=owned.nonzero()[:, 0],
         spread=spread,
     )
 
 
-def _along(values: Float64[Tensor, "n group_size"], place: int, size: int) -> Tensor:
-    """[n, group_size] as [n, 1, ..., group_size, ..., 1], dimension 1 + place of 1 + size."""
-    return values.view(len(values), *[1] * place, -1, *[1] * (size - place - 1))
-
-
-def _own_block(rewards: Float64[Tensor, "num_prompts group_size"], bundle_size: int) -> ScoreBlock:
+def _own_blocks(rewards: Float64[Tensor, "num_prompts group_size"], bundle_size: int) -> list[ScoreBlock]:
     """Self bundles: all subsets of bundle_size responses to the question, each with the same probability."""
-    subsets = response_subsets(rewards, bundle_size)
-    questions = torch.arange(len(rewards))
-    return ScoreBlock(
-        num_rows=len(rewards),
-        pooled=subsets.pooled(),
-        rows=subsets.rows,
-        values=subsets.values,
-        questions=questions,
-        row_of=questions,
-        spread=subsets.response_weights,
-    )
+    parts = response_subsets(rewards, bundle_size)
+    questions = torch.arange(len(rewards)).split([part.num_prompts for part in parts])
+    return [
+        ScoreBlock(
+            num_rows=part.num_prompts,
+            pooled=part.pooled(),
+            rows=part.rows,
+            values=part.values,
+            questions=chosen,
+            row_of=torch.arange(part.num_prompts),
+            spread=part.response_weights,
+        )
+        for part, chosen in zip(parts, questions, strict=True)
+    ]

@@ -11,8 +11,8 @@ class AlgorithmConfig:
     estimator: str = "riskpo"
     """Advantage estimator; `--algorithm.estimator list` prints all of them, docs/methods.md has their formulas."""
     spectrum: str = "mvar"
-    """Risk measure of riskpo: mean, cvar, rvar, mvar, upper_tail, upper_mvar, max_at_k, or your own density as
-    FILE.py:function or module:function (docs/risk.md)."""
+    """Risk measure of riskpo: mean, cvar, rvar, mvar, upper_tail, upper_mvar, max_at_k (`--algorithm.spectrum list`
+    prints them), or your own density as FILE.py:function or module:function (docs/risk.md)."""
     alpha: float = 0.2
     """Lower quantile level of the risk measures, 0 < alpha < beta."""
     beta: float = 0.8
@@ -84,7 +84,8 @@ class PolicyLossConfig:
     kl_coefficient: float = 0.0
     """Weight of the KL divergence to the model that the run started from; 0 keeps no copy of it."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimate of that divergence from one sample, with d = log ref - log pi: -d, d^2 / 2 or exp(d) - d - 1."""
+    """Estimate of that divergence from one sample, with d = log ref - log pi: -d, d^2 / 2 or exp(d) - d - 1. k1 has no
+    gradient on average: kl_in = "reward" only."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Add the divergence to the loss (differentiated), or take its sum over a response off the reward."""
     cov_fraction: float = 2e-4

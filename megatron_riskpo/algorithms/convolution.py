@@ -13,6 +13,9 @@ from torch import Tensor
 # Shorter distributions are convolved term by term: faster than a transform, and exact to the last digits.
 _DIRECT_POINTS = 33
 
+# A transform leaves masses up to about 1e-16, of either sign, where there are none: scores that no bundle has.
+_NO_MASS = 1e-15
+
 
 def convolve(a: Float64[Tensor, "n a_points"], b: Float64[Tensor, "n b_points"]) -> Float64[Tensor, "n points"]:
     """The distributions of a's plus b's value, row by row."""
@@ -22,8 +25,7 @@ def convolve(a: Float64[Tensor, "n a_points"], b: Float64[Tensor, "n b_points"])
     if a.size(1) > _DIRECT_POINTS:
         length = _fast_length(num_points)
         product = torch.fft.rfft(a, length) * torch.fft.rfft(b, length)
-        # The transform leaves masses of -1e-17 where there are none.
-        return torch.fft.irfft(product, length)[:, :num_points].clamp(min=0)
+        return torch.nn.functional.threshold(torch.fft.irfft(product, length)[:, :num_points], _NO_MASS, 0.0)
     total = torch.zeros(a.size(0), num_points, dtype=torch.float64)
     for shift in range(a.size(1)):
         total[:, shift : shift + b.size(1)] += a[:, shift, None] * b

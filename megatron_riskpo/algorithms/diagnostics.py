@@ -11,6 +11,7 @@ from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.algorithms.spectra import cvar, mvar, rvar
 
 NUM_PASS_RATE_BINS = 5
+EFFECTIVE_WEIGHT = "risk/effective_weight/"
 
 
 def risk_metrics(scores: Distribution, quantiles: tuple[float, float], config: AlgorithmConfig) -> dict[str, float]:
@@ -48,9 +49,10 @@ def effective_weights(
 ) -> dict[str, float]:
     """How strongly the advantages push questions of each difficulty: `risk/effective_weight/<pass-rate bin>`.
 
-    A question's weight is the regression slope of its advantages on its rewards, the coefficient of its own REINFORCE
-    gradient; averaged over the questions of a bin. The pass rate is the share of responses with reward > 0. Questions
-    whose rewards are all equal have no slope and bins without questions are left out.
+    A question's weight is the regression slope of its advantages on its rewards, averaged over the questions of a bin:
+    the coefficient of its own REINFORCE gradient, but for what its advantages have in common where that depends on its
+    own rewards (natural baseline with the quantiles of the question alone). The pass rate is the share of responses
+    with reward > 0. Questions whose rewards are all equal have no slope and bins without questions are left out.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     spread = centred.square().sum(dim=1)
@@ -64,7 +66,7 @@ def effective_weights(
     bins = torch.where(varied, bins, NUM_PASS_RATE_BINS)
     counts, sums = torch.bincount(bins).tolist(), torch.bincount(bins, weights).tolist()
     return {
-        f"risk/effective_weight/{index / NUM_PASS_RATE_BINS:.1f}-{(index + 1) / NUM_PASS_RATE_BINS:.1f}": total / count
+        f"{EFFECTIVE_WEIGHT}{index / NUM_PASS_RATE_BINS:.1f}-{(index + 1) / NUM_PASS_RATE_BINS:.1f}": total / count
         for index, (total, count) in enumerate(zip(sums, counts, strict=True))
         if count and index < NUM_PASS_RATE_BINS
     }

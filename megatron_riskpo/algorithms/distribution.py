@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from torch import Tensor
 
 # A share that is meant to reach a level may come out a rounding error below it (0.1 * 30 = 3.0000000000000004).
@@ -45,9 +45,11 @@ class Distribution:
         atoms, order = atoms[present].sort(stable=True)
         return cls.of_masses(atoms, masses[present][order][None])
 
-    def select(self, rows: Int64[Tensor, " n"]) -> "Distribution":
-        """The given rows."""
-        return Distribution(self.atoms[rows], self.cdf[rows])
+    def thinned(self, every: int) -> "Distribution":
+        """Every so many atoms, the largest among them; F at them is as it was, so that a quantile is one of the next
+        `every` atoms at most."""
+        kept = torch.arange((self.atoms.size(1) - 1) % every, self.atoms.size(1), every)
+        return Distribution(self.atoms[:, kept], self.cdf[:, kept]) if every > 1 else self
 
     @property
     def num_rows(self) -> int:

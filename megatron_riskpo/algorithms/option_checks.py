@@ -4,6 +4,7 @@ import difflib
 import functools
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_riskpo.errors import UsageError
@@ -30,6 +31,14 @@ def check_literals(section: str, config: Any) -> None:
 
 def check_range(option: str, value: float, low: float, high: float) -> None:
     """Raise UsageError unless `value` is a finite number with low <= value <= high."""
+    if not isinstance(value, Real):
+        raise UsageError(f"{option} = {value!r} must be a number")
     if not (math.isfinite(value) and low <= value <= high):
         limits = f"between {low} and {high}" if math.isfinite(high) else f"{low} or more"
         raise UsageError(f"{option} = {value} is out of range: it must be {limits}")
+
+
+def check_whole(option: str, value: float) -> None:
+    """Raise UsageError unless `value` is a whole number, by type: 2.0 is none."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UsageError(f"{option} = {value!r} must be a whole number")

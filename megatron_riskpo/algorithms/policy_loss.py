@@ -46,6 +46,11 @@ def validate_policy_loss(config: PolicyLossConfig) -> None:
     check_range("loss.cov_fraction", config.cov_fraction, 0, 1)
     if config.cov_fraction == 0:
         raise UsageError("loss.cov_fraction = 0 is out of range: it must be more than 0; for none, loss.kind = ppo")
+    if _kl_in_loss(config) and config.kl_estimator == "k1":
+        raise UsageError(
+            "loss.kl_estimator = k1 in the loss has an expected gradient of 0 and only adds noise: choose k2 or k3, or "
+            "loss.kl_in = reward"
+        )
     _check_effect(config)
 
 
@@ -164,6 +169,12 @@ def _check_inputs(
         raise ValueError(
             f"policy_loss needs flat log-probs, got {list(logprobs.shape)}, and an advantage a response, got "
             f"{list(advantages.shape)} for {list(lengths.shape)} lengths"
+        )
+    # By segment_reduce and repeat_interleave as well, each with words of its own.
+    if int(lengths.sum()) != logprobs.numel() or (lengths < 0).any():
+        raise ValueError(
+            f"policy_loss: response_lengths add up to {int(lengths.sum())} tokens, with {logprobs.numel()} log-probs; "
+            "give each response's tokens, 0 or more"
         )
     per_token = {item.name: getattr(tokens, item.name) for item in fields(tokens)} | {"entropy": entropy}
     for name, values in per_token.items():

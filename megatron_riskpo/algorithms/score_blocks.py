@@ -25,8 +25,8 @@ class ScoreBlock:
     rows: Callable[[], Distribution]
     """The scores of each group: of its bundles, or of all combinations of its responses. Large, and not always
     needed."""
-    values: Float64[Tensor, "num_rows_or_1 num_values"]
-    """Scores at which psi is needed; one row where they are the same for all groups."""
+    values: Callable[[], Float64[Tensor, "num_rows_or_1 num_values"]]
+    """Scores at which psi is needed; one row where they are the same for all groups. Large as well."""
     questions: Int64[Tensor, " num_questions"]
     """Questions that get their advantages here."""
     row_of: Int64[Tensor, " num_questions"]
@@ -64,7 +64,7 @@ def block_of_bundles(bundles: Bundles) -> ScoreBlock:
         num_rows=scores.size(0),
         pooled=Distribution.of_sample(scores.flatten()),
         rows=lambda: Distribution.of_sample(scores),
-        values=scores,
+        values=lambda: scores,
         questions=questions,
         row_of=membership[:, 0] // scores.size(1),
         spread=lambda psi: psi.take(membership),

@@ -10,6 +10,9 @@ from torch import Tensor
 
 def segment_sum(values: Float[Tensor, " T"], lengths: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Sum of each of n runs of values; 0 for an empty run."""
+    if not lengths.numel():
+        # segment_reduce cannot do without a run. The slice is part of the graph, for backward.
+        return values[:0]
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0)
 
 

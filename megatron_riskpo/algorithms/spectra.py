@@ -6,7 +6,8 @@ All of them are J = integral_0^1 phi(u) F^-1(u) du with F^-1 the quantile functi
     psi(s) = - integral_s^max phi(F(t)) dt,
 
 which stays right where F has atoms; verifiable rewards are all atoms. psi <= 0 with psi(max) = 0; any constant may be
-added. At u = F(t) on a jump of phi the value above the jump counts, as inf{x : F(x) >= u} does for quantiles.
+added that does not depend on S. At u = F(t) on a jump of phi the value above the jump counts, as inf{x : F(x) >= u}
+does for quantiles.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,6 @@ Density = Callable[[Tensor], Tensor]
 
 Steps = tuple[tuple[float, float], ...]
 """(level, height) pairs of a piecewise constant spectrum: phi(u) = sum of height * 1{u < level}, 0 < level <= 1."""
-
-_QUADRATURE_POINTS = 2**14
 
 
 @dataclass(frozen=True)
@@ -104,17 +103,25 @@ def spectrum_of(config: AlgorithmConfig) -> Spectrum:
 
 def _user_spectrum(name: str, config: AlgorithmConfig) -> Spectrum:
     function = load_function("algorithm.spectrum", name)
-    levels = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    try:
-        values = function(levels, config)
-    # Whatever the user's function raises.
-    except Exception as error:
-        raise UsageError(f"algorithm.spectrum = {name} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(values, Tensor) or values.shape != levels.shape:
-        raise UsageError(f"algorithm.spectrum = {name} must return a tensor of the shape of its levels")
-    if not (values.isfinite() & (values >= 0)).all():
-        raise UsageError(f"algorithm.spectrum = {name} must be finite and >= 0 for all levels 0 <= u < 1")
-    return Spectrum(lambda u: function(u, config).to(torch.float64))
+
+    def density(levels: Tensor) -> Tensor:
+        try:
+            values = function(levels, config)
+        # Whatever the user's function raises.
+        except Exception as error:
+            raise UsageError(f"algorithm.spectrum = {name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(values, Tensor) or values.shape != levels.shape:
+            raise UsageError(f"algorithm.spectrum = {name} must return a tensor of the shape of its levels")
+        broken = levels[~(values.isfinite() & (values >= 0))]
+        if broken.numel():
+            raise UsageError(
+                f"algorithm.spectrum = {name} must be finite and >= 0 for all levels 0 <= u < 1, which it is not at "
+                f"u = {float(broken[0]):g}"
+            )
+        return values.to(torch.float64)
+
+    density(torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1])
+    return Spectrum(density)
 
 
 def rule_weights(
@@ -128,8 +135,9 @@ def rule_weights(
         # One row of values as well: the pooled atoms are too many for a copy a group.
         return rule_weights(values.reshape(1, -1), scores, density).view(values.shape)
     atoms = scores.atoms
-    # Above the last atom that has mass psi is 0.
-    slopes = torch.where(scores.cdf < 1, density(scores.cdf.clamp(max=1.0)), 0.0)
+    # Above the last atom that has mass psi is 0, and phi need not be defined.
+    below = scores.cdf < 1
+    slopes = torch.zeros_like(scores.cdf).masked_scatter_(below, density(scores.cdf[below]))
     gaps = atoms.diff(dim=1, append=atoms[:, -1:])
     at_atoms = -(slopes * gaps).flip(1).cumsum(1).flip(1)
     first_slope = density(torch.zeros(1, dtype=torch.float64))
@@ -179,12 +187,3 @@ def mvar(scores: Distribution, alpha: float, beta: float, omega: float) -> float
     Not normalised, as in the paper: its weights integrate to beta + omega * alpha.
     """
     return (1 + omega) * quantile_integral(scores, 0.0, alpha) + quantile_integral(scores, alpha, beta)
-
-
-def spectral_risk(scores: Distribution, spectrum: Spectrum) -> float:
-    """J of the one row: exact for steps, else by the midpoint rule with 16,384 points."""
-    if spectrum.steps is not None:
-        return sum(height * quantile_integral(scores, 0.0, level) for level, height in spectrum.steps)
-    levels = (torch.arange(_QUADRATURE_POINTS, dtype=torch.float64) + 0.5) / _QUADRATURE_POINTS
-    index = torch.searchsorted(scores.cdf[0].contiguous(), levels).clamp(max=scores.atoms.size(1) - 1)
-    return float((spectrum.density(levels) * scores.atoms[0][index]).mean())

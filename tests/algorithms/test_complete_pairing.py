@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from megatron_riskpo.algorithms import AlgorithmConfig, QuantileTracker, compute_advantages
 from megatron_riskpo.algorithms.complete_pairing import _block, _listed_block, complete_blocks
 from megatron_riskpo.algorithms.convolution import convolve, means_over_the_others
+from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.algorithms.lattice import Lattice
 from megatron_riskpo.algorithms.score_blocks import pool
-from megatron_riskpo.algorithms.subsets import LatticeSubsets, ListedSubsets, _unique_rows
+from megatron_riskpo.algorithms.spectra import rule_weights, spectrum_of
+from megatron_riskpo.algorithms.subsets import LatticeSubsets, ListedSubsets, _unique_rows, response_subsets
 
 
 def seeded(seed):
@@ -24,6 +27,10 @@ def seeded(seed):
 def matrix(draw, values, num_prompts, group_size):
     row = st.lists(values, min_size=group_size, max_size=group_size)
     return torch.tensor(draw(st.lists(row, min_size=num_prompts, max_size=num_prompts)), dtype=torch.float64)
+
+
+def listed(rewards, size):
+    return ListedSubsets(rewards, torch.tensor(list(itertools.combinations(range(rewards.size(1)), size))))
 
 
 VALUES = {
@@ -62,7 +69,7 @@ def test_one_group_against_all_combinations(rewards, more):
         _block(Lattice.of(rewards), group, owned, size + more),
         _listed_block(rewards, group, owned, size + more),
     ):
-        torch.testing.assert_close(block.spread(bent(block.values)), sums / counts, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(block.spread(bent(block.values())), sums / counts, rtol=1e-12, atol=1e-12)
         for level in (0.2, 0.5, 0.8, 1.0):
             rank = max(1, math.ceil(level * len(scores) * (1 - 1e-12)))
             assert block.pooled.quantile(level) == pytest.approx(sorted(scores)[rank - 1], abs=1e-12)
@@ -80,15 +87,86 @@ def test_self_bundles_against_all_subsets(rewards, data):
             scores.append(float(score))
             expected[question, list(subset)] += bent(score)
     expected /= math.comb(group_size - 1, size - 1)
-    for subsets in (ListedSubsets(rewards, size), LatticeSubsets(Lattice.of(rewards), size)):
-        weights = subsets.response_weights(bent(subsets.values))
+    for subsets in (listed(rewards, size), LatticeSubsets(Lattice.of(rewards), size)):
+        weights = subsets.response_weights(bent(subsets.values()))
         torch.testing.assert_close(weights, expected, rtol=1e-12, atol=1e-12)
-        by_row = subsets.response_weights(bent(subsets.values).expand(num_prompts, -1))
+        by_row = subsets.response_weights(bent(subsets.values()).expand(num_prompts, -1))
         torch.testing.assert_close(by_row, expected, rtol=1e-12, atol=1e-12)
         for level in (0.2, 0.8):
             rank = max(1, math.ceil(level * len(scores) * (1 - 1e-12)))
             assert subsets.pooled().quantile(level) == pytest.approx(sorted(scores)[rank - 1], abs=1e-12)
         assert subsets.rows().num_rows == num_prompts
+
+
+def test_many_questions_are_listed_a_few_at_a_time(monkeypatch):
+    """The same numbers, but for scores that the pooled distribution leaves out where there are more than it keeps."""
+    rewards = torch.rand(60, 6, dtype=torch.float64, generator=seeded(0))
+    config = AlgorithmConfig(bundling="self", bundle_size=3, pairing="complete", baseline="leave_one_out")
+    whole = compute_advantages(rewards, config)
+    monkeypatch.setattr("megatron_riskpo.algorithms.subsets._LISTED_AT_A_TIME", 150)
+    assert [part.num_prompts for part in response_subsets(rewards, 3)] == [7] * 8 + [4]
+    cut = compute_advantages(rewards, config)
+    torch.testing.assert_close(cut.advantages, whole.advantages, rtol=1e-12, atol=1e-12)
+    assert cut.metrics == pytest.approx(whole.metrics, rel=1e-12)
+    monkeypatch.setattr("megatron_riskpo.algorithms.subsets._MOST_POOLED", 400)  # of 1,200
+    assert all(isinstance(part, ListedSubsets) for part in response_subsets(rewards, 3))
+    assert pool(complete_blocks(rewards, config, None, None)).atoms.size(1) == 8 * 47 + 27
+    torch.testing.assert_close(compute_advantages(rewards, config).advantages, whole.advantages, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("rewards_are", "group_size", "size", "form"), [
+    ("hundredths", 10, 5, ListedSubsets), ("hundredths", 20, 10, LatticeSubsets), ("binary", 10, 5, LatticeSubsets),
+    ("continuous", 10, 5, ListedSubsets), ("continuous", 16, 8, ListedSubsets), ("continuous", 20, 10, LatticeSubsets),
+])  # fmt: skip
+def test_the_form_does_not_change_where_questions_are_many(rewards_are, group_size, size, form, monkeypatch):
+    """Above 2^23 subsets all went through the dynamic program, which took 8 times as long for 10 answers in 5s."""
+    rewards = torch.rand(2, group_size, dtype=torch.float64, generator=seeded(0))
+    kinds = {"hundredths": (100 * rewards).round() / 100, "binary": rewards.round(), "continuous": rewards}
+    # More than 2^23 subsets in all.
+    rewards = kinds[rewards_are].repeat(2**22 // math.comb(group_size, size) + 1, 1)
+    monkeypatch.setattr(LatticeSubsets, "__init__", lambda self, lattice, size: None)
+    assert {type(part) for part in response_subsets(rewards, size)} == {form}
+
+
+@pytest.mark.parametrize(("group_size", "size"), [(128, 16), (256, 12), (1024, 8), (68, 34), (600, 300)])
+def test_self_bundles_of_more_subsets_than_an_integer_holds(group_size, size):
+    """0/1 rewards: the number of right answers in a subset is hypergeometric. Second way: Python's whole numbers."""
+    num_right = [group_size // 3] if group_size == 600 else [0, 1, group_size // 3, group_size - 1]
+    rewards = (torch.arange(group_size)[None] < torch.tensor(num_right)[:, None]).double()
+    (subsets,) = response_subsets(rewards, size)
+    psi = -torch.rand(1, size + 1, dtype=torch.float64, generator=seeded(0))
+    weights = subsets.response_weights(psi)
+    for row, right in enumerate(num_right):
+        masses = subsets.rows().masses[row]
+        torch.testing.assert_close(masses, hypergeometric(group_size, right, size), rtol=0, atol=1e-13)
+        for own in {*rewards[row].tolist()}:
+            others = hypergeometric(group_size - 1, right - int(own), size - 1)
+            expected = float(others @ psi[0, int(own) : int(own) + size])
+            found = weights[row][rewards[row] == own]
+            torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-11, atol=0)
+
+
+def test_the_default_path_takes_large_groups():
+    rewards = (torch.rand(8, 128, generator=seeded(0)) < 0.5).double()
+    config = AlgorithmConfig(bundling="self", pairing="complete", bundle_size=16, baseline="leave_one_out")
+    advantages = compute_advantages(rewards, config).advantages
+    right = (advantages * rewards).sum(1) / rewards.sum(1)
+    assert ((advantages - right[:, None]).abs()[rewards == 1] < 1e-12).all()
+    assert advantages.sum(1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("spectrum", ["mvar", "max_at_k"])
+def test_one_answer_each_makes_one_bundle_of_any_size(spectrum):
+    """More questions than a tensor has dimensions; the only score there is, is the largest one."""
+    rewards = torch.rand(100, 1, dtype=torch.float64, generator=seeded(0))
+    outputs = compute_advantages(rewards, AlgorithmConfig(bundle_size=100, pairing="complete", spectrum=spectrum))
+    assert outputs.advantages.abs().max() == 0
+    assert outputs.metrics["risk/q_alpha"] == pytest.approx(float(rewards.sum()), rel=1e-12)
+
+
+def hypergeometric(total, right, drawn):
+    ways = [math.comb(right, hits) * math.comb(total - right, drawn - hits) for hits in range(drawn + 1)]
+    return torch.tensor([float(Fraction(way, math.comb(total, drawn))) for way in ways], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +204,27 @@ def test_short_and_long_convolutions_agree_with_the_definition(points):
     torch.testing.assert_close(convolve(masses[:, 0], masses[:, 1]).sum(1), torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("spectrum", ["max_at_k", "mvar"])
+@pytest.mark.parametrize("source", ["global", "bundle"])
+def test_transforms_make_no_scores_that_no_bundle_has(source, spectrum):
+    """A lattice of 100 steps, most points of which no sum reaches. Second way: all 32 sums."""
+    rewards = torch.tensor([[0.0, 0.01], [0.0, 1.0], [0.0, 1.0], [0.3, 0.3], [0.0, 1.0]], dtype=torch.float64)
+    config = AlgorithmConfig(bundle_size=5, pairing="complete", spectrum=spectrum, quantile_source=source)
+    (block,) = complete_blocks(rewards, config, None, seeded(0))
+    scores = sorted(float(sum(choice)) for choice in itertools.product(*rewards.tolist()))
+    for found in (block.pooled, block.rows()):
+        present = found.masses[0] > 0
+        assert found.support() == pytest.approx((scores[0], scores[-1]), abs=1e-12)
+        assert found.atoms[0][present].tolist() == pytest.approx(sorted({round(s, 9) for s in scores}), abs=1e-9)
+    assert float(block.pooled.masses.sum()) == pytest.approx(1, abs=1e-15)
+    advantages = compute_advantages(rewards, config, generator=seeded(0)).advantages
+    of_sample = Distribution.of_sample(torch.tensor(scores, dtype=torch.float64))
+    values = torch.tensor(list(itertools.product(*rewards.tolist())), dtype=torch.float64).sum(1)
+    psi = rule_weights(values[None], of_sample, spectrum_of(config).density).view(2, 2, 2, 2, 2)
+    expected = torch.stack([psi.mean([other for other in range(5) if other != own]) for own in range(5)])
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-12)
+
+
 def test_continuous_rewards_stay_within_the_stated_error():
     rewards = torch.rand(4, 5, dtype=torch.float64, generator=seeded(3))
     lattice = Lattice.of(rewards)
@@ -143,13 +242,13 @@ def test_continuous_rewards_stay_within_the_stated_error():
         scores.append(float(score))
         for question, response in enumerate(choice):
             expected[question, response] += kinked(score) / 5**3
-    error = (block.spread(kinked(block.values)) - expected).abs().max()
+    error = (block.spread(kinked(block.values())) - expected).abs().max()
     assert 0 < float(error) <= 1.5 / 2 * step * 4  # sup phi / 2 * h B
     for level in (0.2, 0.8):
         assert abs(block.pooled.quantile(level) - sorted(scores)[math.ceil(level * 625) - 1]) <= step * 4
-    listed, lattice_form = ListedSubsets(rewards, 3), LatticeSubsets(Lattice.of(rewards, 128), 3)
-    difference = listed.response_weights(kinked(listed.values)) - lattice_form.response_weights(
-        kinked(lattice_form.values)
+    listed_form, lattice_form = listed(rewards, 3), LatticeSubsets(Lattice.of(rewards, 128), 3)
+    difference = listed_form.response_weights(kinked(listed_form.values())) - lattice_form.response_weights(
+        kinked(lattice_form.values())
     )
     assert 0 < float(difference.abs().max()) <= 1.5 / 2 * step * 2 * 3
 

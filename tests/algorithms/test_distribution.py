@@ -61,4 +61,17 @@ def test_a_pool_weighs_its_parts():
 def test_rows_are_apart():
     scores = Distribution.of_sample(float64([[3.0, 1.0], [5.0, 9.0]]))
     assert scores.quantiles(0.5).tolist() == [1.0, 5.0]
-    assert scores.select(torch.tensor([1])).quantile(1.0) == 9.0
+    assert scores.quantiles(1.0).tolist() == [3.0, 9.0]
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(1, 7), st.integers(1, 20))
+def test_thinning_moves_a_quantile_by_fewer_atoms_than_it_leaves_out(scores, every, twentieths):
+    whole = Distribution.of_sample(float64(scores))
+    thin, rank = whole.thinned(every), -(-twentieths * len(scores) // 20)
+    assert thin.atoms.size(1) == -(-len(scores) // every)
+    assert (
+        sorted(scores)[rank - 1]
+        <= thin.quantile(twentieths / 20)
+        <= sorted(scores)[min(rank + every - 2, len(scores) - 1)]
+    )
+    assert thin.quantile(1.0) == max(scores)

@@ -243,6 +243,34 @@ def test_missing_inputs_and_wrong_shapes_are_refused(config, changes, said):
         make_batch().loss(config, **changes)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [[3, 3], [1, 2], [6, -1], []])
+def test_lengths_that_are_not_those_of_the_tokens_are_refused(lengths, kind):
+    """Of 5 tokens: too many, too few, negative, none at all."""
+    penalised = torch.zeros(5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="add up to") as caught:
+        policy_loss(
+            torch.zeros(5), torch.zeros(len(lengths)), torch.tensor(lengths, dtype=torch.int64),
+            PolicyLossConfig(kind=kind), 1.0, TokenInputs(penalised=penalised),
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("num_responses", [0, 2])
+def test_a_micro_batch_without_tokens_contributes_nothing(num_responses, aggregation, kind):
+    logprobs, entropy = torch.zeros(0, requires_grad=True), torch.zeros(0, requires_grad=True)
+    none = torch.zeros(num_responses, dtype=torch.int64)
+    nothing = logprobs.detach()
+    tokens = TokenInputs(nothing, nothing, nothing, nothing.bool(), nothing.bool())
+    config = PolicyLossConfig(kind=kind, aggregation=aggregation, **EVERYTHING)
+    outputs = policy_loss(logprobs, none.float(), none, config, 1.0, tokens, entropy, num_tokens=0.0)
+    outputs.loss.backward()
+    assert logprobs.grad.shape == (0,)
+    assert {float(value) for value in outputs.metrics.values()} == {0.0}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -258,6 +286,7 @@ def test_missing_inputs_and_wrong_shapes_are_refused(config, changes, said):
         ({"kind": "kl_cov", "cov_kl_coefficient": -1.0}, "0 or more"),
         ({"kind": "gsop"}, "did you mean gspo"),
         ({"kl_estimator": "k4"}, "choose from k1, k2, k3"),
+        ({"kl_estimator": "k1", "kl_coefficient": 0.1}, "choose k2 or k3, or loss.kl_in = reward"),
         ({"aggregation": "token"}, "did you mean token_mean"),
         ({"kind": "cispo", "dual_clip": 3.0}, "no effect on loss.kind = cispo: leave it out, or use gspo, ppo"),
         ({"kind": "reinforce", "clip_high": 0.28}, "no effect on loss.kind = reinforce"),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_riskpo.algorithms import AlgorithmConfig
+from megatron_riskpo.algorithms import AlgorithmConfig, compute_advantages
 from megatron_riskpo.algorithms.distribution import Distribution
 from megatron_riskpo.algorithms.spectra import (
     SPECTRA,
@@ -21,11 +21,11 @@ from megatron_riskpo.algorithms.spectra import (
     quantile_integral,
     rule_weights,
     rvar,
-    spectral_risk,
     spectrum_of,
     step_weights,
 )
 from megatron_riskpo.errors import UsageError
+from tests.algorithms.spectral_risk import spectral_risk
 
 QUESTIONS, ANSWERS = 5, 4
 OUTCOMES = torch.tensor(list(itertools.product(range(ANSWERS), repeat=QUESTIONS)))
@@ -192,6 +192,7 @@ def test_mvar_has_the_slopes_and_the_two_part_form_of_the_paper():
         ("def own(u, config):\n    return u - 0.5\n", ">= 0"),
         ("def own(u, config):\n    return 1.0\n", "shape of its levels"),
         ("def own(u, config):\n    return u / 0 * 0\n", "finite"),
+        ("def own(u, config):\n    return 1 / (u - 0.25).abs()\n", "not at u = 0.25"),
         ("def own(u, config):\n    raise KeyError(config.alpha)\n", "KeyError"),
         ("def other(u, config):\n    return u\n", "no function 'own'"),
         ("import nothing_of_this_name\n", "ModuleNotFoundError"),
@@ -201,6 +202,27 @@ def test_functions_that_are_no_spectrum_are_refused_in_one_line(source, said, tm
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(UsageError, match=said) as caught:
         spectrum_of(AlgorithmConfig(spectrum=f"{tmp_path / 'mine.py'}:own"))
+    assert "\n" not in str(caught.value)
+
+
+def test_phi_is_asked_for_levels_below_1_only(tmp_path):
+    """Without bound there: E.g. 1 / sqrt(1 - u), whose weights are finite on every sample."""
+    source = "def own(u, config):\n    assert (u < 1).all()\n    return (1 - u) ** -0.5\n"
+    (tmp_path / "mine.py").write_text(source)
+    config = AlgorithmConfig(spectrum=f"{tmp_path / 'mine.py'}:own", bundle_size=1)
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 3.0]])
+    advantages = compute_advantages(rewards, config, generator=torch.Generator().manual_seed(0)).advantages
+    assert advantages.tolist() == [pytest.approx([-2 * 2 - (4 / 3) ** 0.5, -4, -4, 0])]
+
+
+def test_a_spectrum_that_breaks_at_a_level_of_the_sample_is_refused(tmp_path):
+    """The trial levels are thousandths; a third is none of them."""
+    (tmp_path / "mine.py").write_text(
+        "def own(u, config):\n    return u.where((u - 1 / 3).abs() > 1e-9, float('nan'))\n"
+    )
+    config = AlgorithmConfig(spectrum=f"{tmp_path / 'mine.py'}:own", bundle_size=1)
+    with pytest.raises(UsageError, match=r"not at u = 0\.333333") as caught:
+        compute_advantages(torch.tensor([[0.0, 1.0, 3.0]]), config)
     assert "\n" not in str(caught.value)
 
 

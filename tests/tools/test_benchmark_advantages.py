@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,15 +10,6 @@ import pytest
 import torch
 
 from megatron_riskpo.algorithms.advantages import ESTIMATORS, validate_algorithm
-
-FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> None:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +109,12 @@ def test_a_small_run_prints_all_tables_and_writes_all_times(
     benchmark: ModuleType,
     cases: ModuleType,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_script: Callable[..., None],
     capsys: pytest.CaptureFixture,
 ) -> None:
     output = tmp_path / "times.json"
     arguments = ["--shapes", "12x5", "--sizes", "50", "100", "--rounds", "3", "--repeats", "2"]
-    monkeypatch.setattr(sys, "argv", ["advantages.py", *arguments, "--json", str(output)])
-    num_threads = torch.get_num_threads()
-    benchmark.main()
-    torch.set_num_threads(num_threads)
+    run_script(benchmark, *arguments, "--json", str(output))
     printed, report = capsys.readouterr().out, json.loads(output.read_text())
     labels = [case.label for case in cases.all_cases()]
     of_shape = report["shapes"]["12x5"]

@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -11,17 +11,10 @@ import pytest
 import torch
 
 from megatron_riskpo.algorithms import AlgorithmConfig
-from megatron_riskpo.algorithms.spectra import spectral_risk, spectrum_of
+from megatron_riskpo.algorithms.spectra import spectrum_of
+from tests.algorithms.spectral_risk import spectral_risk
 
-FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
 PASS_RATES = (0.05, 0.2, 0.5, 0.8, 0.95)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> None:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +135,11 @@ def test_jackknife_of_a_mean_is_its_standard_error(noise: ModuleType) -> None:
 
 
 def test_a_small_run_has_all_methods(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    benchmark: ModuleType, tmp_path: Path, run_script: Callable[..., None], capsys: pytest.CaptureFixture
 ) -> None:
     output = tmp_path / "noise.json"
     arguments = ["--replicates", "200", "--group-size", "5", "--questions", "400"]
-    monkeypatch.setattr(sys, "argv", ["estimators.py", *arguments, "--json", str(output)])
-    num_threads = torch.get_num_threads()
-    benchmark.main()
-    torch.set_num_threads(num_threads)
+    run_script(benchmark, *arguments, "--json", str(output))
     printed, report = capsys.readouterr().out, json.loads(output.read_text())
     for name in ("mixed", "very hard"):
         assert set(report[name]["noise"]) == set(benchmark.methods(5))

@@ -1,6 +1,5 @@
 """What tools/benchmark/step.py gives both trainers, and how it sums up. Not tested: any time."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -8,15 +7,6 @@ from types import ModuleType
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
-
-FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> None:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")

@@ -4,27 +4,18 @@ Not tested: the pictures.
 """
 
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from megatron_riskpo.algorithms import AlgorithmConfig
+from megatron_riskpo.algorithms import AlgorithmConfig, compute_advantages
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "risk.md").read_text(encoding="utf-8")
 SCORES = range(6)
 NUM_STEPS = 100
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT / "tools"))
-    yield
-    sys.path.remove(str(ROOT / "tools"))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +118,19 @@ def test_bundles_of_like_difficulty_weigh_hard_questions_more(curves, bundling):
     assert list(weights) == sorted(weights, reverse=True)
     assert weights[0] > 1.2
     assert weights[-1] < 0.6
+
+
+@pytest.mark.parametrize("baseline", ["natural", "leave_one_out"])
+def test_page_quotes_the_gradient_with_quantiles_of_one_question(baseline):
+    """E[A | right] - E[A | wrong] over all outcomes of ten answers: nothing is shared between questions here."""
+    (row,) = (line for line in PAGE.splitlines() if line.startswith(f"| complete, `{baseline}` |"))
+    config = AlgorithmConfig(bundling="self", quantile_source="bundle", pairing="complete", baseline=baseline)
+    advantages = compute_advantages((torch.arange(10) < torch.arange(11)[:, None]).double(), config).advantages
+    # Right answers come first: with n of the nine others right, an answer is in row n + 1 or n.
+    gaps = [float(advantages[n + 1, 0] - advantages[n, -1]) for n in range(10)]
+    weights = [sum(binomial(9, n, p) * gaps[n] for n in range(10)) for p in ((i + 0.5) / 10 for i in range(10))]
+    middle = (weights[4] + weights[5]) / 2
+    assert [f"{weight / middle:.2f}" for weight in weights] == [cell.strip() for cell in row.split("|")[2:-1]]
 
 
 def test_page_quotes_psi_as_it_is_drawn(drawing, tmp_path):

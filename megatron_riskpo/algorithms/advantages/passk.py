@@ -19,6 +19,9 @@ def passk(inputs: AdvantageInputs) -> Float64[Tensor, "num_prompts group_size"]:
     """
     ordered, order = inputs.rewards.sort(dim=1)
     group_size = ordered.size(1)
+    # A does not depend on the rewards' unit; that of their range keeps tiny ones from vanishing when they are squared.
+    spread = ordered[:, -1:] - ordered[:, :1]
+    ordered = (ordered - ordered[:, :1]) / torch.where(spread > 0, spread, 1.0)
     gaps = ordered.diff(dim=1)
     # At rank j: the share of groups within the j lowest responses, so that M stays below the gap behind them.
     within = shares_within(group_size, inputs.config.k)[1:]

@@ -55,7 +55,7 @@ def _psi(
     tracker: QuantileTracker | None,
 ) -> Tensor:  # fmt: skip
     """psi at the block's values, under the pooled distribution, each group's own, or the tracked quantiles."""
-    scores, values = pooled, block.values
+    scores, values = pooled, block.values()
     if config.quantile_source == "bundle":
         scores = block.rows()
         values = values.expand(scores.num_rows, -1)

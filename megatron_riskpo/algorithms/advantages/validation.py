@@ -2,17 +2,22 @@
 
 import math
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_riskpo.algorithms.advantages.registry import ESTIMATORS
 from megatron_riskpo.algorithms.config import AlgorithmConfig
-from megatron_riskpo.algorithms.option_checks import check_literals, check_name, check_range
+from megatron_riskpo.algorithms.meant_values import as_meant
+from megatron_riskpo.algorithms.option_checks import check_literals, check_name, check_range, check_whole
 from megatron_riskpo.errors import UsageError
 
 _READ_BY_ALL = frozenset(("estimator", "alpha", "beta", "omega"))
 """The metrics of every estimator report quantiles and risk at these levels."""
+
+_LARGEST_REWARD = 1e100
+"""Squares, and their sums over a batch, must fit into a float64."""
 
 _RANGES = (
     ("omega", 0, math.inf),
@@ -36,6 +41,8 @@ def validate_algorithm(config: AlgorithmConfig, num_prompts: int, group_size: in
             f"algorithm.alpha = {config.alpha} and algorithm.beta = {config.beta} are not quantile levels: "
             "0 < alpha < beta <= 1 is needed"
         )
+    for option in ("bundle_size", "k"):
+        check_whole(f"algorithm.{option}", getattr(config, option))
     for option, low, high in _RANGES:
         check_range(f"algorithm.{option}", getattr(config, option), low, high)
     if not math.isfinite(config.risk_temperature) or config.risk_temperature == 0:
@@ -68,12 +75,14 @@ def _check_options_have_effect(config: AlgorithmConfig) -> None:
 
 
 def validated_rewards(rewards: Tensor) -> Tensor:
-    """The reward matrix as float64 on the CPU. Raises UsageError where it is no finite [num_prompts, group_size]."""
+    """The reward matrix as float64 on the CPU (`as_meant`). Raises UsageError where it is no finite
+    [num_prompts, group_size]."""
+    _check_tensor("rewards", rewards)
     if rewards.dim() != 2 or rewards.numel() == 0:
         raise UsageError(
             f"rewards are {list(rewards.shape)}: give a matrix [num_prompts, group_size] that is not empty"
         )
-    rewards = rewards.detach().to("cpu", torch.float64)
+    rewards = as_meant(rewards.detach().cpu())
     # One pass where all is well: the sum is finite, unless it overflows.
     broken = [] if rewards.sum().isfinite() else (~rewards.isfinite()).nonzero()
     if len(broken):
@@ -82,7 +91,16 @@ def validated_rewards(rewards: Tensor) -> Tensor:
             f"{len(broken)} of {rewards.numel()} rewards are not finite numbers, the first "
             f"({float(rewards[prompt, response])}) of response {response} to question {prompt}: correct the reward"
         )
+    largest = float(rewards.abs().max())
+    if largest > _LARGEST_REWARD:
+        raise UsageError(f"rewards reach {largest:g}, beyond {_LARGEST_REWARD:g} in size: scale them down")
     return rewards
+
+
+def _check_tensor(name: str, values: Any) -> None:
+    if not isinstance(values, Tensor) or values.is_complex():
+        what = f"complex ({values.dtype})" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise UsageError(f"{name} must be a torch tensor of real numbers, got {what}")
 
 
 def validated_lengths(lengths: Tensor | None, rewards: Tensor, config: AlgorithmConfig) -> Tensor | None:
@@ -91,11 +109,15 @@ def validated_lengths(lengths: Tensor | None, rewards: Tensor, config: Algorithm
         if ESTIMATORS[config.estimator].needs_lengths:
             raise UsageError(f"algorithm.estimator = {config.estimator} needs the response lengths: give `lengths`")
         return None
+    _check_tensor("lengths", lengths)
     if lengths.shape != rewards.shape:
         raise UsageError(
             f"lengths are {list(lengths.shape)}, rewards {list(rewards.shape)}: give one length a response"
         )
-    return lengths.to("cpu")
+    lengths = lengths.to("cpu")
+    if (lengths < 0).any():
+        raise UsageError(f"lengths are tokens of each response, got {int(lengths.min())}: give 0 or more")
+    return lengths
 
 
 def validated_pass_rates(pass_rates: Tensor | None, rewards: Tensor, config: AlgorithmConfig) -> Tensor | None:
@@ -107,6 +129,7 @@ def validated_pass_rates(pass_rates: Tensor | None, rewards: Tensor, config: Alg
                 "there is none yet"
             )
         return None
+    _check_tensor("pass_rates", pass_rates)
     if pass_rates.shape != rewards.shape[:1] or pass_rates.isinf().any():
         raise UsageError(
             f"pass_rates are {list(pass_rates.shape)} for {rewards.size(0)} questions: give one finite number or NaN a "

@@ -123,6 +123,10 @@ def test_rounding_errors_are_not_scaled_up_to_advantages():
         ({"omega": float("inf")}, "0 or more"),
         ({"bundle_size": 0}, "1 or more"),
         ({"bundle_size": 7}, "a step has 6"),
+        ({"bundle_size": 2.0}, "bundle_size = 2.0 must be a whole number"),
+        ({"bundle_size": True}, "bundle_size = True must be a whole number"),
+        ({"estimator": "passk", "k": 1.5}, "k = 1.5 must be a whole number"),
+        ({"omega": "1"}, "omega = '1' must be a number"),
         ({"tracker_decay": 1.5}, "between 0 and 1"),
         ({"bundling": "self", "bundle_size": 3}, "divisor of rollout.group_size"),
         ({"bundling": "self", "bundle_size": 4, "baseline": "leave_one_out"}, "group_size above 4"),
@@ -150,22 +154,40 @@ def test_grpo_and_leave_one_out_need_two_responses():
         (torch.zeros(0, 4), "not empty"),
         (torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]), "response 0 to question 1"),
         (torch.tensor([[0.0, float("inf")]]), "response 1 to question 0"),
+        (torch.tensor([[0.0, -2e100]], dtype=torch.float64), "beyond 1e\\+100 in size: scale them down"),
+        ([[0.0, 1.0]], "a torch tensor of real numbers, got a list"),
+        (torch.tensor([[0.0, 1.0j]]), "got complex"),
     ],
 )
 def test_broken_rewards_are_refused(rewards, said):
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=said) as caught:
         compute_advantages(rewards, AlgorithmConfig(bundle_size=1))
+    assert "\n" not in str(caught.value)
 
 
-def test_lengths_of_another_shape_are_refused():
-    with pytest.raises(UsageError, match="one length a response"):
-        compute_advantages(torch.zeros(5, 4), AlgorithmConfig(), lengths=torch.zeros(4, 5, dtype=torch.long))
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_largest_and_the_smallest_rewards_give_finite_advantages(config):
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.5]] * 4 + [[1.0] * 4], dtype=torch.float64)
+    for size in (1e100, -1e100, 1e-200):
+        assert advantages_of(size * rewards, config).isfinite().all()
+
+
+def test_lengths_of_another_shape_or_sign_are_refused():
+    for lengths, said in (
+        (torch.zeros(4, 5, dtype=torch.long), "one length a response"),
+        (torch.full((5, 4), -1), "got -1: give 0 or more"),
+        ([[1] * 4] * 5, "got a list"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            compute_advantages(torch.zeros(5, 4), AlgorithmConfig(), lengths=lengths)
 
 
 def test_sorted_bundles_need_pass_rates_of_the_right_shape():
     config = AlgorithmConfig(bundling="sorted")
     with pytest.raises(UsageError, match="give `pass_rates`"):
         compute_advantages(torch.zeros(5, 4), config)
+    with pytest.raises(UsageError, match="got a list"):
+        compute_advantages(torch.zeros(5, 4), config, pass_rates=[0.5] * 5)
     for broken in (torch.zeros(4), torch.tensor([0.0, 1.0, float("inf"), 0.0, 0.0])):
         with pytest.raises(UsageError, match="one finite number or NaN"):
             compute_advantages(torch.zeros(5, 4), config, pass_rates=broken)

@@ -112,6 +112,13 @@ def test_passk_of_any_rewards_against_all_groups(k: int) -> None:
     torch.testing.assert_close(advantages_of("passk", rewards, k=k), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e100])
+def test_passk_does_not_depend_on_the_unit_of_the_rewards(size: float) -> None:
+    rewards = torch.tensor([[0.0, 1.0, 0.5, 0.0, 1.0]], dtype=torch.float64)
+    expected = advantages_of("passk", rewards, k=2)
+    torch.testing.assert_close(advantages_of("passk", size * rewards, k=2), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(("total", "size"), [(0, 0), (5, 0), (5, 2), (5, 5), (1023, 17), (1023, 900)])
 def test_shares_are_ratios_of_binomial_coefficients(total: int, size: int) -> None:
     expected = [float(Fraction(math.comb(m, size), math.comb(total, size))) for m in range(total + 1)]
