@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from megatron_riskpo.actor.flops import ModelFlops
 
 BIN_BITS = 20
-"""Of a bin's number, in an integer that holds its work or room above: a tuple would be slower to compare. For a million bins.
-"""
+"""Of a bin's number, in an integer that holds its work or room above them: a tuple would be slower to compare."""
 
 Numbers = TypeVar("Numbers", float, NDArray[np.float64])
 
