@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from megatron_riskpo.actor.flops import ModelFlops
 
+BIN_BITS = 20
+"""Of a bin's number, in an integer that holds its work or room above them: a tuple would be slower to compare."""
+
 Numbers = TypeVar("Numbers", float, NDArray[np.float64])
 
 MicroBatches = list[list[int]]
@@ -56,7 +59,7 @@ class _Sequences:
     tokens: list[int]
     """A sequence longer than the budget counts as one of just the budget: nothing fits beside it."""
     works: list[int]
-    """In units of 2^-32 of the largest. Sums of integers do not depend on their order."""
+    """In units of 2^-24 of the largest, times 2^BIN_BITS. Sums of integers do not depend on their order."""
     max_tokens: int
 
     @classmethod
@@ -65,7 +68,7 @@ class _Sequences:
         order = np.argsort(-array, kind="stable")
         array = array[order]
         amount = work.of(array.astype(np.float64))
-        works = np.maximum(amount / amount[0] * 2.0**32, 1).astype(np.int64)
+        works = np.maximum(amount / amount[0] * 2.0**24, 1).astype(np.int64) << BIN_BITS
         return cls(order.tolist(), np.minimum(array, max_tokens).tolist(), works.tolist(), max_tokens)
 
     def count_tokens(self, rows: Sequence[int]) -> int:
@@ -155,26 +158,25 @@ def _lightest_first(sequences: _Sequences, rows: Sequence[int], num_bins: int, c
     """
     tokens, works = sequences.tokens, sequences.works
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    free = [capacity] * num_bins
-    # One integer a bin, work * num_bins + bin or free * num_bins + bin: compared faster than tuples, ties included.
+    free, number = [capacity] * num_bins, (1 << BIN_BITS) - 1
     by_work, by_room = list(range(num_bins)), []
     for row in rows:
         size = tokens[row]
         while by_work:
             entry = by_work[0]
-            chosen = entry % num_bins
+            chosen = entry & number
             if free[chosen] >= size:
-                heapreplace(by_work, entry + works[row] * num_bins)
+                heapreplace(by_work, entry + works[row])
                 break
             heappop(by_work)
-            insort(by_room, free[chosen] * num_bins + chosen)
+            insort(by_room, free[chosen] << BIN_BITS | chosen)
         else:
-            place = bisect_left(by_room, size * num_bins)
+            place = bisect_left(by_room, size << BIN_BITS)
             if place == len(by_room):
                 return None
             entry = by_room.pop(place)
-            chosen = entry % num_bins
-            insort(by_room, entry - size * num_bins)
+            chosen = entry & number
+            insort(by_room, entry - (size << BIN_BITS))
         free[chosen] -= size
         bins[chosen].append(row)
     return bins
@@ -186,22 +188,21 @@ def _best_fit(sequences: _Sequences, rows: Sequence[int]) -> MicroBatches:
     As good as first-fit, about 11/9 of the fewest possible at worst; and the one with the least room that is enough is
     found by bisection, where first-fit goes through them all.
     """
-    tokens, shortest = sequences.tokens, sequences.tokens[rows[-1]]
+    tokens, shortest = sequences.tokens, sequences.tokens[rows[-1]] << BIN_BITS
     bins: MicroBatches = []
-    # free * len(rows) + bin, ascending, of those that the shortest sequence still fits into: a short list.
+    # Of the micro-batches that the shortest sequence still fits into, by room: a short list.
     by_room: list[int] = []
-    unit = len(rows)
     for row in rows:
-        size = tokens[row]
-        place = bisect_left(by_room, size * unit)
+        size = tokens[row] << BIN_BITS
+        place = bisect_left(by_room, size)
         if place < len(by_room):
             entry = by_room.pop(place)
-            bins[entry % unit].append(row)
+            bins[entry & ((1 << BIN_BITS) - 1)].append(row)
         else:
-            entry = sequences.max_tokens * unit + len(bins)
+            entry = sequences.max_tokens << BIN_BITS | len(bins)
             bins.append([row])
-        entry -= size * unit
-        if entry >= shortest * unit:
+        entry -= size
+        if entry >= shortest:
             insort(by_room, entry)
     return bins
 
