@@ -3,7 +3,7 @@ all sequences, on 1, 2 and 4 data-parallel ranks, on real megatron-core over glo
 masked and weighted tokens, KL to a reference and entropy bonus on.
 
 Second way to each number: transformers, one padded batch, one call of policy_loss, autograd. Tensor and pipeline
-parallelism are in test_layout_invariance, the losses themselves in tests/algorithms/test_policy_loss.
+parallelism are in test_parallel_invariance, the losses themselves in tests/algorithms/test_policy_loss.
 """
 
 from dataclasses import asdict, replace
@@ -18,6 +18,7 @@ from megatron_riskpo.algorithms.policy_loss import loss_normalizer, policy_loss
 from megatron_riskpo.algorithms.segments import count_kept
 from megatron_riskpo.algorithms.surrogates import SURROGATES
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
+from tests.distributed.compare import relative_error, worst_tensor
 from tests.distributed.loss_cases import (
     LOSSES,
     MAX_RESPONSE_TOKENS,
@@ -28,7 +29,6 @@ from tests.distributed.loss_cases import (
     the_rollouts,
 )
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layout_invariance import relative_error, worst_tensor
 from tests.tiny_models import load_hf, make_tiny_qwen2
 
 RELATIVE = 1e-6

@@ -12,9 +12,9 @@ import torch
 
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from tests.algorithms.plain_loss import Batch, plain_loss
+from tests.distributed.compare import relative_error
 from tests.distributed.old_logprobs_cases import ADVANTAGES, CASES, run
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_layout_invariance import relative_error
 from tests.tiny_models import make_tiny_qwen2
 
 

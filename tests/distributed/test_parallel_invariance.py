@@ -8,6 +8,7 @@ expert-parallel ranks. Not tested here: bfloat16 (test_hf_parity), TransformerEn
 import pytest
 import torch
 
+from tests.distributed.compare import largest_difference, relative_error
 from tests.distributed.layout_cases import LAYOUTS, MODELS, TEMPERATURE, applies, make_models, ragged_rollouts, run
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import hf_token_logprobs, load_hf
@@ -30,18 +31,6 @@ CASES = [
     for model in MODELS
     if applies(config, model)
 ]
-
-
-def relative_error(a: dict, b: dict) -> float:
-    """|a - b| / |b| in the 2-norm, all tensors as one vector."""
-    assert a.keys() == b.keys()
-    difference = torch.stack([(a[n] - b[n]).double().norm() for n in b]).norm()
-    return float(difference / torch.stack([t.double().norm() for t in b.values()]).norm())
-
-
-def largest_difference(a: dict, b: dict) -> float:
-    """Of any entry of any tensor, relative to the largest entry of all."""
-    return float(max((a[n] - b[n]).abs().max() for n in b) / max(t.abs().max() for t in b.values()))
 
 
 @pytest.mark.parametrize("model", MODELS)
