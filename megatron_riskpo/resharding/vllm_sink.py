@@ -89,8 +89,10 @@ class WeightSink:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._riskpo_weight_version = -1
+        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(self.model_runner.get_model())
+            _forget_expert_kernels(model)
+            initialize_layerwise_reload(model)
 
     def riskpo_load_bucket(self, bucket: list[NamedTensor]) -> None:
         from vllm.config import set_current_vllm_config
@@ -112,13 +114,29 @@ class WeightSink:
         return self._riskpo_weight_version
 
 
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def _forget_expert_kernels(model: nn.Module) -> None:
+    """vLLM 0.32 on the CPU: experts are packed only when their kernel is made. A reload keeps the kernel, and leaves
+    weights in it that are not packed: other numbers, without an error. Without a kernel both are made anew."""
+    if not _on_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 def _repack_embeddings(model: nn.Module) -> None:
     """vLLM 0.32 on the CPU: a tied output layer shares the embedding's parameter but keeps its own packed copy of
     it, which a layerwise reload leaves at the old values. Packing again is the same step as after loading."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not _on_cpu():
         return
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.vllm_sink import WeightSink, checked, checkpoint_shapes
 from megatron_riskpo.rollout.types import SamplingConfig
-from tests.tiny_models import load_hf, make_tiny_qwen2
+from tests.tiny_models import load_hf, make_tiny, make_tiny_qwen2
 from tests.vllm_engines import max_difference, single_rank, vllm_engine
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -19,11 +19,21 @@ SAMPLING = SamplingConfig(group_size=4, max_response_tokens=16, temperature=1.0,
 PROMPTS, SEEDS = [[5, 6, 7], [9, 10, 11, 12, 13]], [0, 1]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+MODELS = [
+    ("qwen2", True),
+    ("qwen2", False),
+    ("qwen3", True),
+    ("llama", False),
+    ("qwen3_moe", False),
+    ("mixtral", False),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: model[0] + " tied" * model[1])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints a and b of one shape."""
-    folder = tmp_path_factory.mktemp("models")
-    return {name: make_tiny_qwen2(folder / name, tied=request.param, seed=seed) for seed, name in enumerate("ab")}
+    folder, (family, tied) = tmp_path_factory.mktemp("models"), request.param
+    return {name: make_tiny(folder / name, family, tied=tied, seed=seed) for seed, name in enumerate("ab")}
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
