@@ -30,7 +30,8 @@ from megatron_riskpo.algorithms.policy_loss import loss_normalizer, policy_loss
 from megatron_riskpo.algorithms.segments import count_kept
 from megatron_riskpo.algorithms.surrogates import SURROGATES
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
-from megatron_riskpo.checkpoint.hf import load_hf_weights, save_hf
+from megatron_riskpo.checkpoint.hf import load_hf_weights
+from megatron_riskpo.checkpoint.hf_folder import save_hf
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.config_io import load_model_config
