@@ -23,6 +23,7 @@ from megatron_riskpo.actor.rotary import rotary_frequencies
 from megatron_riskpo.actor.specs import block_spec
 from megatron_riskpo.checkpoint.weight_map import shape_of
 from megatron_riskpo.checkpoint.weight_map.base import padded_vocab_size
+from megatron_riskpo.checkpoint.weight_map.stored import FUSED_NORMS
 from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.distributed.grid import RankGrid
 
@@ -159,10 +160,6 @@ def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -
     )
 
 
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")
 
@@ -181,7 +178,7 @@ def _table_name(model: PolicyModel, name: str) -> str:
     prefix, _, rest = name.partition(".layers.")
     index, _, rest = rest.partition(".")
     layer = cast(TransformerLayer, model.decoder.layers[int(index)]).layer_number - 1
-    rest = _FUSED_NORMS.get(rest, rest)
+    rest = FUSED_NORMS.get(rest, rest)
     if match := _LOCAL_EXPERT.fullmatch(rest):
         rest = _expert_name(model, int(match[1]), match[2])
     elif match := _GROUPED_EXPERT.fullmatch(rest):

@@ -6,29 +6,48 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_riskpo.checkpoint.safetensors_writer import ShardWriter
+from megatron_riskpo.checkpoint.safetensors_writer import DTYPE_OF_CODE, ShardWriter
 from megatron_riskpo.checkpoint.weight_map.base import pad_vocab
 from megatron_riskpo.errors import UsageError
 
 
 class HfReader:
-    """Slices of a folder's safetensors, without reading whole files."""
+    """Slices of a folder's safetensors, without reading whole files. Raises UsageError: no file, or a damaged one."""
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
         files = sorted(self.model_dir.glob("*.safetensors"))
         if not files:
-            raise UsageError(f"model.path: no *.safetensors in {self.model_dir}; save the model with safetensors")
-        self._handles = [safe_open(str(file), framework="pt") for file in files]
-        self._handle_of = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+            raise UsageError(f"no *.safetensors in {self.model_dir}; save the model with safetensors")
+        self.files_of: dict[str, list[str]] = {}
+        """The files in which a tensor is; more than one is a mistake of the writer."""
+        self._handle_of = {}
+        for file in files:
+            handle = _open(file)
+            for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                self.files_of.setdefault(name, []).append(file.name)
+                self._handle_of[name] = handle
 
     @property
     def names(self) -> set[str]:
         """All tensor names in the folder."""
         return set(self._handle_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self._handle_of[name].get_slice(name).get_shape())
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._handle_of[name].get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """As config.json calls it."""
+        code = str(self._handle_of[name].get_slice(name).get_dtype())
+        return DTYPE_OF_CODE.get(code, code)
 
     def read(self, name: str, shard_dim: int | None, rank: int, num_ranks: int, num_rows: int | None) -> Tensor:
         """The rank's piece of a tensor cut evenly along shard_dim; num_rows pads dimension 0 first (vocabulary)."""
@@ -44,6 +63,13 @@ class HfReader:
         if shard_dim == 0:
             return pad_vocab(view[rows], piece)
         return view[:, rows]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise UsageError(f"{file} is damaged, or no safetensors file ({error}); copy or download it again") from error
 
 
 def save_hf(
@@ -63,17 +89,26 @@ def save_hf(
     building = target.with_name(target.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    writer = ShardWriter(building)
+    try:
+        _write(building, weights, hf_config)
+        add_files(building)
+    except BaseException:
+        # Half a model may be what fills the disk.
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    if target.exists():
+        shutil.rmtree(target)
+    building.rename(target)
+
+
+def _write(folder: Path, weights: Iterable[tuple[str, Tensor]], hf_config: dict[str, Any]) -> None:
+    writer = ShardWriter(folder)
     dtypes = set()
     for name, tensor in weights:
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         writer.add(name, tensor)
     writer.finish()
-    # One dtype throughout in what the actor trains; transformers and vLLM read it from here.
+    # One dtype throughout in what the actor trains; transformers and vLLM read it from here, older ones as torch_dtype.
     (dtype,) = dtypes
-    config = {**hf_config, "dtype": dtype}
-    (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    add_files(building)
-    if target.exists():
-        shutil.rmtree(target)
-    building.rename(target)
+    config = {**hf_config, "dtype": dtype} | ({"torch_dtype": dtype} if "torch_dtype" in hf_config else {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

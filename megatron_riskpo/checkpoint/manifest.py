@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+SHARDED = "megatron"
+"""The folder of model and optimizer within a checkpoint."""
 PARTIAL_SUFFIX = ".partial"
 FORMAT = 1
 

@@ -16,10 +16,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 2**17
 """For the length of the table, 8 bytes, and the table; a full table begins the next file as a full file does."""
 
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+DTYPE_OF_CODE = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+"""The format's names of dtypes, and torch's."""
+_CODES = {getattr(torch, name): code for code, name in DTYPE_OF_CODE.items()}
 
 
 class ShardWriter:
@@ -38,7 +40,7 @@ class ShardWriter:
         """Append one tensor."""
         num_bytes = tensor.numel() * tensor.element_size()
         start = self._shard_bytes
-        entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        entry = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape)}
         # 64: the offsets and the punctuation around the entry.
         entry_bytes = len(json.dumps({name: entry}).encode()) + 64
         is_full = start + num_bytes > MAX_SHARD_BYTES or self._table_bytes + entry_bytes > HEADER_BYTES - 256

@@ -28,6 +28,7 @@ from torch.distributed import ProcessGroup
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.checkpoint.manifest import (
     PARTIAL_SUFFIX,
+    SHARDED,
     DamagedCheckpointError,
     FileEntry,
     Manifest,
@@ -52,7 +53,6 @@ from megatron_riskpo.errors import RunError, UsageError
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
-SHARDED = "megatron"
 PACKAGES = ("megatron-riskpo", "megatron-core", "torch", "transformers")
 
 
