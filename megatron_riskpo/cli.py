@@ -1,5 +1,5 @@
-"""The command line: riskpo train | sft | report. Imports nothing heavy before it is needed, so that wrong input is
-answered at once and signal handlers stand before torch is loaded."""
+"""The command line: riskpo train | sft | report | convert. Imports nothing heavy before it is needed, so that wrong
+input is answered at once and signal handlers stand before torch is loaded."""
 
 import argparse
 import errno
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_riskpo import __version__
+from megatron_riskpo.convert_command import add_convert, run_convert
 from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launch, process_env, report_error
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import RiskpoError, UsageError
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "Write report.html (curves and tables, one file) into a run folder."
     report = commands.add_parser("report", help=text, description=text)
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, for example runs/quickstart")
+    add_convert(commands)
     return parser
 
 
@@ -181,7 +183,7 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-_COMMANDS = {"train": _run, "sft": _run, "report": _report}
+_COMMANDS = {"train": _run, "sft": _run, "report": _report, "convert": run_convert}
 
 
 if __name__ == "__main__":

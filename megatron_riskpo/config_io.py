@@ -43,19 +43,17 @@ def load_config(cls: type[Config], path: str, overrides: Sequence[str] = ()) -> 
     return _with_overrides(config, overrides)
 
 
-def load_model_config(path: str | Path) -> dict[str, Any]:
-    """config.json of the Hugging Face model folder `path`. Raises UsageError."""
+def load_model_config(path: str | Path, name: str = "model.path") -> dict[str, Any]:
+    """config.json of the Hugging Face model folder `path`, which the user gave as `name`. Raises UsageError."""
     if not path:
-        raise UsageError("model.path is empty; give a Hugging Face model folder, or make a small one with riskpo sft")
+        raise UsageError(f"{name} is empty; give a Hugging Face model folder, or make a small one with riskpo sft")
     file = Path(path) / "config.json"
     if not file.parent.is_dir():
-        raise UsageError(
-            f"model.path = {path}: no such folder; give a Hugging Face model folder that is on this machine"
-        )
+        raise UsageError(f"{name} = {path}: no such folder; give a Hugging Face model folder that is on this machine")
     try:
         model = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"model.path = {path}: has no config.json; give a Hugging Face model folder") from None
+        raise UsageError(f"{name} = {path}: has no config.json; give a Hugging Face model folder") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: not readable as JSON ({error}); restore the file") from error
     if not isinstance(model, dict):

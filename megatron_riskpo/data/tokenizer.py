@@ -16,15 +16,15 @@ __all__ = ["carry_tokenizer", "load_tokenizer", "sentencepiece_to_hf", "stop_tok
 HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_dir: str | Path, name: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder, of a folder with one SentencePiece .model, or of a .model file.
-    Nothing is downloaded. pad falls back to eos.
+    Nothing is downloaded. pad falls back to eos. `name`: how the user gave the folder.
 
     Raises UsageError: no tokenizer there, one that cannot be loaded, or one without an end-of-sequence token.
     """
     path = Path(model_dir)
     if not path.exists():
-        raise UsageError(f"no tokenizer at {path}: no such file or folder; check model.path")
+        raise UsageError(f"no tokenizer at {path}: no such file or folder; check {name}")
     if path.is_file():
         return sentencepiece_to_hf(path)
     if any((path / name).is_file() for name in HF_FILES):

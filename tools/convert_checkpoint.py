@@ -1,0 +1,8 @@
+"""`riskpo convert` as a script: python tools/convert_checkpoint.py megatron-to-hf RUN OUT."""
+
+import sys
+
+from megatron_riskpo.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["convert", *sys.argv[1:]]))
