@@ -22,6 +22,11 @@ def add_convert(commands: Any) -> None:
     to_hf.add_argument("--dtype", choices=("bfloat16", "float32"), help="round to it; as stored without")
     to_hf.add_argument("--model", metavar="DIR", help="model folder with config.json; without, the run's model.path")
     to_hf.add_argument("--tokenizer", metavar="DIR", help="tokenizer to carry along; without, the model folder's")
+    text = "A Hugging Face folder to a torch_dist checkpoint of its weights, which Megatron loads under any layout."
+    to_megatron = kinds.add_parser("hf-to-megatron", help=text, description=text)
+    to_megatron.add_argument("source", metavar="HF_DIR", help="a Hugging Face model folder")
+    to_megatron.add_argument("target", metavar="OUT", help="the folder to write; must not exist")
+    to_megatron.add_argument("--dtype", choices=("bfloat16", "float32"), help="round to it; as stored without")
     text = "Compare a Hugging Face folder with its config.json, and bit for bit with another folder or a checkpoint."
     check = kinds.add_parser("check", help=text, description=f"{text} Exit code 1 if anything differs.")
     check.add_argument("folder", metavar="HF_DIR", help="a Hugging Face model folder")
@@ -30,7 +35,7 @@ def add_convert(commands: Any) -> None:
 
 def run_convert(args: argparse.Namespace, arguments: list[str]) -> int:
     """One kind of `riskpo convert`; the exit code."""
-    return {"megatron-to-hf": _megatron_to_hf, "check": _check}[args.kind](args)
+    return {"megatron-to-hf": _megatron_to_hf, "hf-to-megatron": _hf_to_megatron, "check": _check}[args.kind](args)
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> int:
@@ -58,6 +63,23 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
 
     save_hf(target, weights, hf_config, add_files, is_writer=True)
     print(f"{checkpoint} -> {target}: {_describe(target)}")
+    return 0
+
+
+def _hf_to_megatron(args: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_riskpo.checkpoint.check import check_folder
+    from megatron_riskpo.checkpoint.from_hf import write_megatron
+
+    source, target = Path(args.source), _new_folder(args.target)
+    findings = check_folder(source)
+    if findings:
+        first = f"{findings[0].tensor} {findings[0].what}"
+        raise UsageError(f"{source} is not what its config.json says, {len(findings)} differences, first: {first}; "
+                         f"riskpo convert check {source} lists them")  # fmt: skip
+    num_tensors = write_megatron(source, target, getattr(torch, args.dtype) if args.dtype else None)
+    print(f"{source} -> {target}: {num_tensors} tensors")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""`riskpo convert megatron-to-hf`: what went into an actor laid out over four ranks comes out of its checkpoint bit
-for bit, read by one process without Megatron; wrong input is one line.
+"""`riskpo convert`: what went into an actor laid out over four ranks comes out of its checkpoint bit for bit, read by
+one process without Megatron; what it writes, Megatron's own loader reads; wrong input is one line.
 
 Not tested: checkpoints that TransformerEngine's modules wrote.
 """
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from megatron_riskpo.cli import main
 from megatron_riskpo.data.character_tokenizer import qwen2_tokenizer, train_character_model
-from tests.checkpoint.convert_cases import CASES, DTYPES, NUM_RANKS, STEP, model_name, save_all
+from tests.checkpoint.convert_cases import CASES, DTYPES, LOADED, NUM_RANKS, STEP, model_name, save_and_load
 from tests.distributed.ranks import ROOT, run_on_ranks
 from tests.tiny_models import make_tiny
 
@@ -40,10 +40,15 @@ def folder(tmp_path_factory):
         make_tiny(model, family, tied=tied, seed=seed, vocab_size=97)
         tokenizer.save_pretrained(model)
         (model / "generation_config.json").write_text(json.dumps(GENERATION))
-    run_on_ranks(f"{save_all.__module__}:{save_all.__name__}", NUM_RANKS, folder / "ranks")
+    for family, tied in LOADED:
+        name = model_name(family, tied)
+        make_tiny(folder / f"{name}_other", family, tied=tied, seed=99, vocab_size=97)
+        assert main(["convert", "hf-to-megatron", str(folder / name), str(folder / "megatron" / name)]) == 0
+    results = run_on_ranks(f"{save_and_load.__module__}:{save_and_load.__name__}", NUM_RANKS, folder / "ranks")
     for name in DTYPE_OF:
         record = {"config": {"model": {"path": str(folder / name)}}}
         (folder / "runs" / name / "config.json").write_text(json.dumps(record))
+    torch.save(results, folder / "loaded.pt")
     return folder
 
 
@@ -69,6 +74,28 @@ def test_weights_come_out_as_they_went_in(folder, tmp_path, name):
     ids = AutoTokenizer.from_pretrained(folder / name)("40 - 17 = 23").input_ids
     assert AutoTokenizer.from_pretrained(out)("40 - 17 = 23").input_ids == ids
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_megatron_loads_what_came_from_a_folder(folder, case):
+    for of_rank in torch.load(folder / "loaded.pt"):
+        assert_equal(of_rank[model_name(*case)], expected_weights(folder, model_name(*case), "float32"))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in DTYPE_OF for dtype in DTYPES])
+def test_there_and_back_without_ranks(folder, tmp_path, name, dtype):
+    there, back = str(tmp_path / "there"), str(tmp_path / "back")
+    assert main(["convert", "hf-to-megatron", str(folder / name), there, "--dtype", dtype]) == 0
+    assert main(["convert", "megatron-to-hf", there, back, "--model", str(folder / name)]) == 0
+    assert_equal(load_file(f"{back}/model.safetensors"), expected_weights(folder, name, dtype))
+    assert main(["convert", "check", back, there]) == 0
+
+
+def test_comparison_with_a_run(folder, capfd):
+    assert main(["convert", "check", str(folder / "qwen3_moe_tied"), str(folder / "runs" / "qwen3_moe_tied")]) == 0
+    assert main(["convert", "check", str(folder / "qwen3_untied"), str(folder / "runs" / "qwen3_untied")]) == 0
+    assert main(["convert", "check", str(folder / "qwen2_tied_other"), str(folder / "runs" / "qwen2_tied")]) == 1
+    assert "26 differences in 26 tensors" in capfd.readouterr().out
 
 
 def test_other_dtype_step_and_folders(folder, tmp_path, capfd):
