@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.actor.optimizer import inner_optimizers
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint import training_state
@@ -38,6 +39,14 @@ LAYOUTS = {
     "tp2 plain optimizer": ActorConfig(tp=2, distributed_optimizer=False, micro_batch_tokens=100),
     "one": ActorConfig(micro_batch_tokens=100),
     "one bfloat16": ActorConfig(micro_batch_tokens=100),
+    "one bfloat16, offloaded": ActorConfig(micro_batch_tokens=100, offload_optimizer=True),
+    "pp2 deep": ActorConfig(pp=2, micro_batch_tokens=100),
+    "pp2 vp2 deep": ActorConfig(pp=2, vp=2, micro_batch_tokens=100),
+    "tp2 deep": ActorConfig(tp=2, micro_batch_tokens=100),
+    "one deep": ActorConfig(micro_batch_tokens=100),
+    "ep2 moe": ActorConfig(ep=2, micro_batch_tokens=100),
+    "tp2 sp moe": ActorConfig(tp=2, sequence_parallel=True, micro_batch_tokens=100),
+    "one moe": ActorConfig(micro_batch_tokens=100),
 }
 
 
@@ -47,6 +56,9 @@ def make_actor(layout: str, model_dir: Path, seed: int) -> Actor:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    for kind in ("moe", "deep"):
+        if kind in layout:
+            model_dir = model_dir.with_name(f"{kind}_{model_dir.name}")
     return Actor.from_hf(model_dir, config, OPTIMIZER, dtype, build_grid(config, seed))
 
 
@@ -64,9 +76,12 @@ def train(actor: Actor, steps: range) -> dict[str, Any]:
 
 def optimizer_state(actor: Actor) -> list[dict[str, torch.Tensor]]:
     """AdamW's state of this rank's parameters, in order, with the main weights."""
-    adam = actor.optimizer.optimizer
-    parameters = [p for group in adam.param_groups for p in group["params"]]
-    return [{"main": p.detach().clone(), **{k: v.clone() for k, v in adam.state[p].items()}} for p in parameters]
+    with actor.optimizer_state():
+        return [
+            {"main": p.detach().clone(), **{key: value.clone() for key, value in inner.optimizer.state[p].items()}}
+            for inner in inner_optimizers(actor.optimizer)
+            for p in inner.get_parameters()
+        ]
 
 
 def draw() -> list[Any]:
@@ -186,18 +201,24 @@ def unfit(folder: Path) -> dict[str, Any]:
 
 
 def run_two(folder: Path) -> dict[str, Any]:
+    saved = ("tp2", "dp2", "tp2 plain optimizer", "pp2 deep", "pp2 vp2 deep", "ep2 moe")
+    crossings = (
+        *(("tp2", "dp2"), ("tp2", "pp2"), ("pp2 deep", "pp2 vp2 deep"), ("pp2 vp2 deep", "tp2 deep")),
+        ("ep2 moe", "tp2 sp moe"),
+    )
     return {
-        **{name: round_trip(name, folder) for name in ("tp2", "dp2", "tp2 plain optimizer")},
-        **{("tp2", loaded): across("tp2", loaded, folder) for loaded in ("dp2", "pp2")},
+        **{name: round_trip(name, folder) for name in saved},
+        **{crossing: across(*crossing, folder) for crossing in crossings},
         "failing": failing_saves(folder),
         "agreement": agreement(folder),
     }
 
 
 def run_one(folder: Path) -> dict[str, Any]:
+    crossings = (("tp2", "one"), ("dp2", "one"), ("pp2 vp2 deep", "one deep"), ("ep2 moe", "one moe"))
     return {
-        **{name: round_trip(name, folder) for name in ("one", "one bfloat16")},
-        **{(saved, "one"): across(saved, "one", folder) for saved in ("tp2", "dp2")},
+        **{name: round_trip(name, folder) for name in ("one", "one bfloat16", "one bfloat16, offloaded")},
+        **{crossing: across(*crossing, folder) for crossing in crossings},
         "limits": real_limits(folder),
         "unfit": unfit(folder),
     }
