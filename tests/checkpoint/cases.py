@@ -26,6 +26,7 @@ from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
 from megatron_riskpo.errors import RiskpoError
 from tests.distributed.layout_cases import ragged_rollouts
+from tests.distributed.ranks import release_groups
 
 # The schedule depends on the number of optimizer steps, eps keeps AdamW's first steps well conditioned.
 OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="cosine", eps=1e-3)
@@ -200,6 +201,13 @@ def unfit(folder: Path) -> dict[str, Any]:
     return errors
 
 
+def alone(case: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """The case's result; its process groups are taken down."""
+    result = case(*arguments)
+    release_groups()
+    return result
+
+
 def run_two(folder: Path) -> dict[str, Any]:
     saved = ("tp2", "dp2", "tp2 plain optimizer", "pp2 deep", "pp2 vp2 deep", "ep2 moe")
     crossings = (
@@ -207,8 +215,8 @@ def run_two(folder: Path) -> dict[str, Any]:
         ("ep2 moe", "tp2 sp moe"),
     )
     return {
-        **{name: round_trip(name, folder) for name in saved},
-        **{crossing: across(*crossing, folder) for crossing in crossings},
+        **{name: alone(round_trip, name, folder) for name in saved},
+        **{crossing: alone(across, *crossing, folder) for crossing in crossings},
         "failing": failing_saves(folder),
         "agreement": agreement(folder),
     }
@@ -217,8 +225,8 @@ def run_two(folder: Path) -> dict[str, Any]:
 def run_one(folder: Path) -> dict[str, Any]:
     crossings = (("tp2", "one"), ("dp2", "one"), ("pp2 vp2 deep", "one deep"), ("ep2 moe", "one moe"))
     return {
-        **{name: round_trip(name, folder) for name in ("one", "one bfloat16", "one bfloat16, offloaded")},
-        **{crossing: across(*crossing, folder) for crossing in crossings},
+        **{name: alone(round_trip, name, folder) for name in ("one", "one bfloat16", "one bfloat16, offloaded")},
+        **{crossing: alone(across, *crossing, folder) for crossing in crossings},
         "limits": real_limits(folder),
         "unfit": unfit(folder),
     }
