@@ -24,14 +24,23 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from markdown_table import markdown_table
-from update_workload import BASELINE, LAYOUTS, WAYS, Workload, make_rollouts, write_model
+from update_workload import (
+    BASELINE,
+    LAYOUTS,
+    WAYS,
+    Workload,
+    add_workload_options,
+    chosen_workload,
+    make_rollouts,
+    write_model,
+)
 
 from megatron_riskpo.distributed.launch import launch
 from megatron_riskpo.errors import RunError
@@ -143,18 +152,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="TP1 is always measured")
     parser.add_argument("--rounds", type=int, default=3, help="launches of each layout")
     parser.add_argument("--repeats", type=int, default=2, help="measured updates of a way in a launch")
-    for item in fields(Workload):
-        if item.type in (int, "int"):
-            parser.add_argument(f"--{item.name.replace('_', '-')}", type=int, default=item.default)
+    add_workload_options(parser)
     parser.add_argument("--json", type=Path, help="write everything here as well")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     arguments = parse()
-    workload = Workload(
-        **{item.name: getattr(arguments, item.name) for item in fields(Workload) if hasattr(arguments, item.name)}
-    )
+    workload = chosen_workload(arguments, Workload())
     layouts = list(dict.fromkeys([BASELINE[0], *arguments.layouts]))
     real_tokens = int(make_rollouts(workload).lengths.sum())
     load_before = os.getloadavg()[0]

@@ -1,12 +1,13 @@
 """What update.py times: one model, one batch of ragged rollouts, the layouts, and the ways to lay sequences out."""
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.rollout.types import Rollouts
@@ -33,6 +34,35 @@ class Workload:
     """Shortest and longest prompt."""
     micro_batch_tokens: int = 1024
     """Budget of a micro-batch on a rank; padding counts."""
+
+    def hf_config(self) -> dict[str, Any]:
+        """A Qwen2 model's config.json."""
+        return {
+            "model_type": "qwen2",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "max_position_embeddings": 2 * (self.prompt_tokens[1] + self.max_response_tokens),
+            "tie_word_embeddings": True,
+        }
+
+
+NUMBERS = tuple(item.name for item in fields(Workload) if item.type is int)
+"""What the command line can change."""
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    for name in NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+
+
+def chosen_workload(arguments: argparse.Namespace, default: Workload) -> Workload:
+    """The default with the command line's changes."""
+    given = {name: getattr(arguments, name) for name in NUMBERS}
+    return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -72,19 +102,11 @@ WAYS = ("packed", "padded", "padded, sorted")
 
 def write_model(workload: Workload, folder: Path) -> int:
     """A checkpoint of random weights, so that every layout has the same ones; returns its number of parameters."""
-    config = Qwen2Config(
-        vocab_size=workload.vocab_size,
-        hidden_size=workload.hidden_size,
-        intermediate_size=workload.intermediate_size,
-        num_hidden_layers=workload.num_layers,
-        num_attention_heads=workload.num_heads,
-        num_key_value_heads=workload.num_kv_heads,
-        max_position_embeddings=2 * (workload.prompt_tokens[1] + workload.max_response_tokens),
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
+    # The ranks need not wait for it.
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(Qwen2Config(**workload.hf_config(), dtype="float32"))
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
