@@ -13,6 +13,7 @@ from update_workload import LAYOUTS, WAYS, Layout, Workload, make_rollouts
 
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.config import ActorConfig, OptimizerConfig, RunConfig
+from megatron_riskpo.config_io import load_model_config
 from megatron_riskpo.distributed.grid import build_grid
 from megatron_riskpo.distributed.launch import die_with_launcher, process_env
 from megatron_riskpo.distributed.runtime import rank_runtime
@@ -37,9 +38,7 @@ class Turn:
 
 def update(actor: "PlannedActor", batch: "Batch", workload: Workload) -> Turn:
     """RiskPO's default loss, random advantages."""
-    advantages = torch.randn(
-        workload.num_sequences, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )  # fmt: skip
+    advantages = torch.randn(workload.num_sequences, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     actor.given_plan = batch.plan
     dist.barrier()
     wall, processor = time.perf_counter(), time.process_time()
@@ -59,7 +58,7 @@ def measure(layout: Layout, workload: Workload, model: Path, repeats: int) -> di
 
     config = layout.actor_config(workload)
     grid = build_grid(config, seed=0)
-    actor = PlannedActor.from_hf(model, config, OPTIMIZER, torch.float32, grid)
+    actor = PlannedActor(load_model_config(model), config, OPTIMIZER, torch.float32, grid, model)
     rollouts = make_rollouts(workload)
     batches = {way: make_batch(way, rollouts, layout, workload, grid.dp.size()) for way in WAYS}
     turns = [{way: update(actor, batch, workload) for way, batch in batches.items()} for _ in range(1 + repeats)]

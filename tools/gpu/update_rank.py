@@ -69,11 +69,11 @@ def run(task: dict[str, Any], config: ActorConfig, grid: RankGrid) -> dict[str, 
     ceilings = measure_ceilings(grid.device, DTYPE, task["small"])
     report = describe(grid.device) | {"ceilings": asdict(ceilings)}
     try:
-        report |= measure_updates(task, config, grid)
+        measured = measure_updates(task, config, grid)
     except torch.OutOfMemoryError as error:
         return report | {"out_of_memory": str(error)}
-    report["share_of_matrix_ceiling"] = report["perf/model_tflops"] * 1e12 / ceilings.matrix_flops
-    return report
+    share = measured["perf/model_tflops"] * 1e12 / ceilings.matrix_flops
+    return report | measured | {"share_of_matrix_ceiling": share}
 
 
 def main() -> None:
