@@ -122,6 +122,10 @@ def test_newest_whole_checkpoint_is_agreed_on(two, folder):
         assert result["named"] == "step_10\n"
 
 
+def test_newest_regular_and_best_are_kept(one):
+    assert one["retention"] == [["step_2"], ["step_3", "step_2"], ["step_4", "step_2"], ["step_6", "step_4", "step_2"]]
+
+
 def test_limit_on_file_sizes(one):
     (kind, message), latest = one["limits"]["limited"]
     assert kind == "RunError"
