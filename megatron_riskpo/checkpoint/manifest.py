@@ -186,6 +186,31 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted((path for path in found if step_of(path) is not None), key=lambda path: -(step_of(path) or 0))
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint folder, and what its manifest and the sizes of its files say."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    """None if it is damaged."""
+    damage: str = ""
+    """Why, if it is."""
+
+
+def survey(folder: Path) -> list[Found]:
+    """All checkpoint folders of `folder` (runs/NAME/checkpoints), oldest step first; checksums are not read."""
+    return [_find(path) for path in reversed(step_folders(folder))]
+
+
+def _find(path: Path) -> Found:
+    step = step_of(path) or 0
+    try:
+        return Found(path, step, read_manifest(path))
+    except DamagedCheckpointError as error:
+        return Found(path, step, None, str(error))
+
+
 def latest_complete(folder: Path) -> Path | None:
     """The newest whole checkpoint of `folder` (runs/NAME/checkpoints), all checksums read; damaged ones are logged."""
     for path in step_folders(folder):

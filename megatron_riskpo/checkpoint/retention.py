@@ -5,12 +5,12 @@ The metric of each stands in its manifest, so that a resumed run, and `riskpo ch
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.checkpoint.manifest import DamagedCheckpointError, log_damage, read_manifest, step_folders, step_of
+from megatron_riskpo.checkpoint.manifest import Found, log_damage, survey
 
 
 @dataclass(frozen=True)
@@ -41,34 +41,30 @@ def best_step(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | No
     return max(comparable, key=lambda step: (comparable[step], step), default=None)
 
 
-def outdated(folder: Path, retention: Retention, newest: int | None = None) -> list[Path]:
-    """The checkpoint folders below `folder` that need not be kept, oldest first; of steps up to `newest`, if given.
+def outdated(found: Sequence[Found], retention: Retention) -> list[Path]:
+    """The folders that need not be kept, in the order of `found`.
 
-    Damaged ones (by size: checksums of all files would take too long at every save) are logged and do not count; they
-    are outdated like others once enough newer ones are whole.
+    Damaged ones do not count; they are outdated like others once enough newer ones are whole.
     """
-    paths = {step_of(path) or 0: path for path in reversed(step_folders(folder))}
-    metrics: dict[int, Mapping[str, float]] = {}
-    for step, path in paths.items():
-        if newest is not None and step > newest:
-            continue
-        try:
-            metrics[step] = read_manifest(path).metrics
-        except DamagedCheckpointError as error:
-            log_damage(path, str(error))
+    metrics = {one.step: one.manifest.metrics for one in found if one.manifest is not None}
     if len(metrics) < retention.keep:
         return []
     oldest_of_newest = sorted(metrics)[-retention.keep]
     kept = kept_steps(metrics, retention)
-    return [path for step, path in paths.items() if step < oldest_of_newest and step not in kept]
+    return [one.path for one in found if one.step < oldest_of_newest and one.step not in kept]
 
 
 def remove_old(folder: Path, step: int, retention: Retention) -> None:
-    """After step_`step` was saved: delete what is outdated.
+    """After step_`step` was saved: delete what is outdated, and log what is damaged.
 
+    Sizes are checked, checksums not: reading all kept files at every save would cost more than it is worth.
     Folders of later steps stay (they were found damaged, or the user went back on purpose).
     """
-    for path in outdated(folder, retention, newest=step):
+    found = [one for one in survey(folder) if one.step <= step]
+    for one in found:
+        if one.manifest is None:
+            log_damage(one.path, one.damage)
+    for path in outdated(found, retention):
         remove_checkpoint(path)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_riskpo.checkpoint import retention as retention_module
-from megatron_riskpo.checkpoint.manifest import step_folders
+from megatron_riskpo.checkpoint.manifest import step_folders, survey
 from megatron_riskpo.checkpoint.retention import Retention, best_step, kept_steps, outdated, remove_old
 from tests.checkpoint.folders import truncate, write_checkpoint
 
@@ -98,7 +98,7 @@ def test_a_damaged_best_gives_way_to_the_next(tmp_path):
     for step, value in ((1, 0.5), (2, 0.75), (3, 0.25)):
         write_checkpoint(tmp_path, step, {METRIC: value})
     truncate(tmp_path / "step_2")
-    assert outdated(tmp_path, BEST) == [tmp_path / "step_2"]
+    assert outdated(survey(tmp_path), BEST) == [tmp_path / "step_2"]
 
 
 def test_a_folder_that_someone_else_deletes_meanwhile_is_no_error(folder, monkeypatch):
