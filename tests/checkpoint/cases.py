@@ -155,7 +155,7 @@ def agreement(folder: Path) -> dict[str, Any]:
 def retention(folder: Path) -> list[list[str]]:
     """Which checkpoints there are after each save."""
     actor = make_actor("one", folder.parent / "model", seed=1)
-    checkpoints = folder.parent / "retained"
+    checkpoints = folder.parent / "retained" / "checkpoints"
     rules = Retention(keep=1, keep_every=4, keep_best="eval/heldout/pass@1")
     kept = []
     for step, metrics in ((2, {"eval/heldout/pass@1": 0.5}), (3, {"eval/heldout/pass@1": 0.25}), (4, {}), (6, None)):
