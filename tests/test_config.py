@@ -199,6 +199,27 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         ),
         (["--rollout.temperature", "0"], 1, "rollout.temperature = 0.0 is out of range; it must be > 0"),
         (["--evaluation.num_samples", "4"], 1, "evaluation.ks has k = 8, more than evaluation.num_samples = 4"),
+        (
+            ["--checkpoint.keep_every", "75"],
+            1,
+            "no multiple of checkpoint.every = 50: not all of these steps are saved; use 50 or 100 (0: none)",
+        ),
+        (["--checkpoint.keep_every", "-1"], 1, "checkpoint.keep_every = -1 is out of range; it must be >= 0"),
+        (
+            ["--checkpoint.keep_best", "eval/heldout/pass@2"],
+            1,
+            'pass@2" is not measured; use eval/heldout/pass@1 or eval',
+        ),
+        (
+            ["--checkpoint.keep_best", "eval/heldout/pass@8"],
+            1,
+            "(evaluation.every = 0), but only the last is both; set evaluation.every to 50",
+        ),
+        (
+            ["--checkpoint.keep_best", "eval/heldout/pass@8", "--evaluation.every", "40"],
+            1,
+            "(evaluation.every = 40), but only the last is both; set evaluation.every to 50",
+        ),
         (["--data.max_prompt_tokens", "500"], 1, "500 + 64 = 564 exceeds the model's max_position_embeddings = 512"),
         (["--model.path", "runs/a/hf", "--run.name", "a"], 1, "runs/a/hf is where this run writes its own model"),
         (["--run.steps", "0"], 1, "run.steps = 0 is out of range; it must be >= 1"),
@@ -243,6 +264,19 @@ def test_cross_checks_say_the_numbers_and_the_nearest_setting(overrides, world_s
         check_train(config, world_size, MODEL)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--evaluation.every", "25", "--checkpoint.keep_every", "100"],
+        ["--evaluation.every", "40", "--run.steps", "201"],
+        ["--evaluation.every", "40", "--run.steps", "5"],
+    ],
+)
+def test_the_best_checkpoint_can_be_kept(overrides, toml) -> None:
+    best = ["--checkpoint.keep_best", "eval/heldout/pass@1"]
+    check_train(load_config(TrainConfig, toml(), [*BASE, *best, *overrides]), 1, MODEL)
 
 
 MOE = MODEL | {

@@ -21,6 +21,7 @@ from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint import training_state
 from megatron_riskpo.checkpoint.manifest import latest_complete, step_folders
+from megatron_riskpo.checkpoint.retention import Retention
 from megatron_riskpo.checkpoint.training_state import agree_on_latest, load_checkpoint, save_checkpoint
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
@@ -98,7 +99,7 @@ def round_trip(layout: str, folder: Path) -> dict[str, Any]:
     saved = train(actor, range(3))["weights"]
     checkpoints = folder.parent / "saved" / layout
     start = time.perf_counter()
-    path = save_checkpoint(checkpoints, 3, actor, STATE, keep=2)
+    path = save_checkpoint(checkpoints, 3, actor, STATE, Retention(keep=2))
     save_s = time.perf_counter() - start
     expected = train(actor, range(3, 5))
     fresh = make_actor(layout, folder.parent / "other_model", seed=2)
@@ -129,7 +130,7 @@ def failing_saves(folder: Path) -> dict[str, Any]:
     """The disk is full on one of two ranks, at three places of a save."""
     actor = make_actor("tp2", folder.parent / "model", seed=1)
     checkpoints = folder.parent / "full"
-    save_checkpoint(checkpoints, 1, actor, STATE, keep=2)
+    save_checkpoint(checkpoints, 1, actor, STATE, Retention(keep=2))
     no_space = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     places = {
         "shards": (1, FileSystemWriter, "write_data"),
@@ -140,11 +141,11 @@ def failing_saves(folder: Path) -> dict[str, Any]:
     results = {}
     for name, (rank, owner, attribute) in places.items():
         with mock.patch.object(owner, attribute, no_space if dist.get_rank() == rank else getattr(owner, attribute)):
-            error = error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, keep=2))
+            error = error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, Retention(keep=2)))
         names = sorted(path.name for path in checkpoints.iterdir())
         results[name] = error, names, latest_complete(checkpoints)
         dist.barrier()
-    save_checkpoint(checkpoints, 2, actor, STATE, keep=2)
+    save_checkpoint(checkpoints, 2, actor, STATE, Retention(keep=2))
     return results | {"after": latest_complete(checkpoints)}
 
 
@@ -154,17 +155,29 @@ def agreement(folder: Path) -> dict[str, Any]:
     checkpoints = folder.parent / "kept"
     nothing = agree_on_latest(checkpoints, actor.grid.world)
     for step in (1, 2, 10):
-        save_checkpoint(checkpoints, step, actor, STATE, keep=2)
+        save_checkpoint(checkpoints, step, actor, STATE, Retention(keep=2))
     kept = [path.name for path in step_folders(checkpoints)]
     if dist.get_rank() == 0:
         flip_byte(next((checkpoints / "step_10" / "megatron").glob("*.distcp")))
     dist.barrier()
     used = agree_on_latest(checkpoints, actor.grid.world)
     error = error_of(lambda: load_checkpoint(checkpoints / "step_10", actor))
-    save_checkpoint(checkpoints, 10, actor, STATE, keep=2)
+    save_checkpoint(checkpoints, 10, actor, STATE, Retention(keep=2))
     return {"nothing": nothing, "kept": kept, "used": used, "error": error,
             "replaced": agree_on_latest(checkpoints, actor.grid.world),
             "named": (checkpoints / "latest").read_text()}  # fmt: skip
+
+
+def retention(folder: Path) -> list[list[str]]:
+    """Which checkpoints there are after each save."""
+    actor = make_actor("one", folder.parent / "model", seed=1)
+    checkpoints = folder.parent / "retained" / "checkpoints"
+    rules = Retention(keep=1, keep_every=4, keep_best="eval/heldout/pass@1")
+    kept = []
+    for step, metrics in ((2, {"eval/heldout/pass@1": 0.5}), (3, {"eval/heldout/pass@1": 0.25}), (4, {}), (6, None)):
+        save_checkpoint(checkpoints, step, actor, STATE, rules, metrics)
+        kept.append([path.name for path in step_folders(checkpoints)])
+    return kept
 
 
 def flip_byte(path: Path) -> None:
@@ -178,15 +191,18 @@ def real_limits(folder: Path) -> dict[str, Any]:
     actor = make_actor("one", folder.parent / "model", seed=1)
     results = {}
     limited = folder.parent / "limited"
-    save_checkpoint(limited, 1, actor, STATE, keep=2)
+    save_checkpoint(limited, 1, actor, STATE, Retention(keep=2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    results["limited"] = error_of(lambda: save_checkpoint(limited, 2, actor, STATE, keep=2)), latest_complete(limited)
+    results["limited"] = (
+        error_of(lambda: save_checkpoint(limited, 2, actor, STATE, Retention(keep=2))),
+        latest_complete(limited),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     mounted = folder.parent / "small_disk"
     if mounted.is_dir():
-        save_checkpoint(mounted, 1, actor, STATE, keep=2)
-        error = error_of(lambda: save_checkpoint(mounted, 2, actor, STATE, keep=2))
+        save_checkpoint(mounted, 1, actor, STATE, Retention(keep=2))
+        error = error_of(lambda: save_checkpoint(mounted, 2, actor, STATE, Retention(keep=2)))
         results["mounted"] = error, latest_complete(mounted)
     return results
 
@@ -229,4 +245,5 @@ def run_one(folder: Path) -> dict[str, Any]:
         **{crossing: alone(across, *crossing, folder) for crossing in crossings},
         "limits": real_limits(folder),
         "unfit": unfit(folder),
+        "retention": retention(folder),
     }

@@ -9,8 +9,9 @@ import subprocess
 import pytest
 import torch
 
+from megatron_riskpo.checkpoint.commands import verify_checkpoints
 from megatron_riskpo.checkpoint.manifest import latest_complete, read_manifest
-from tests.checkpoint.cases import STATE, run_one, run_two
+from tests.checkpoint.cases import STATE, flip_byte, run_one, run_two
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import make_tiny, make_tiny_qwen2
 
@@ -132,6 +133,18 @@ def test_newest_whole_checkpoint_is_agreed_on(two, folder):
         # Saving the damaged step again repairs it.
         assert result["replaced"] == folder / "kept" / "step_10"
         assert result["named"] == "step_10\n"
+
+
+def test_newest_regular_and_best_are_kept(one):
+    assert one["retention"] == [["step_2"], ["step_3", "step_2"], ["step_4", "step_2"], ["step_6", "step_4", "step_2"]]
+
+
+def test_real_checkpoints_verify(one, folder, capfd):
+    run = folder / "retained"
+    assert verify_checkpoints(run, None) == 0
+    flip_byte(run / "checkpoints" / "step_4" / "rng_0.pt")
+    assert verify_checkpoints(run, None) == 1
+    assert "step_4: rng_0.pt has another checksum" in capfd.readouterr().out
 
 
 def test_limit_on_file_sizes(one):
