@@ -34,11 +34,18 @@ class HfReader:
         """All tensor names in the folder."""
         return set(self._handle_of)
 
-    def read(self, name: str, shard_dim: int | None, rank: int, num_ranks: int, num_rows: int | None) -> Tensor:
-        """The rank's piece of a tensor cut evenly along shard_dim; num_rows pads dimension 0 first (vocabulary)."""
+    def num_rows(self, name: str) -> int:
+        """Size of a tensor's first dimension."""
+        return self._slice(name).get_shape()[0]
+
+    def _slice(self, name: str) -> Any:
         if name not in self._handle_of:
             raise UsageError(f"{self.model_dir}: the safetensors hold no {name}; the folder and config.json disagree")
-        view = self._handle_of[name].get_slice(name)
+        return self._handle_of[name].get_slice(name)
+
+    def read(self, name: str, shard_dim: int | None, rank: int, num_ranks: int, num_rows: int | None) -> Tensor:
+        """The rank's piece of a tensor cut evenly along shard_dim; num_rows pads dimension 0 first (vocabulary)."""
+        view = self._slice(name)
         if shard_dim is None:
             return view[:]
         size = view.get_shape()[shard_dim]
@@ -66,7 +73,10 @@ def load_hf_weights(
     _refuse_unknown(reader, rules.values(), shape)
     for name, parameter in named_parameters(chunks):
         rule = rules[name]
-        num_rows = padded_vocab_size(shape.vocab_size, tp_size) if rule.is_vocab else None
+        num_rows = None
+        if rule.is_vocab:
+            _check_vocab(reader, rule.hf[0], shape)
+            num_rows = padded_vocab_size(shape.vocab_size, tp_size)
         pieces = [reader.read(hf, rule.shard_dim, tp_rank, tp_size, num_rows) for hf in rule.hf]
         value = rule.fusion.fuse(pieces, shape)
         if value.shape != parameter.shape:
@@ -75,6 +85,15 @@ def load_hf_weights(
                 f"config.json asks for {list(parameter.shape)}"
             )
         parameter.copy_(value)
+
+
+def _check_vocab(reader: HfReader, name: str, shape: ModelShape) -> None:
+    # Before it is padded: then it would fit any size.
+    rows = reader.num_rows(name)
+    if rows != shape.vocab_size:
+        raise UsageError(
+            f"{reader.model_dir}: {name} has {rows} rows, config.json says vocab_size = {shape.vocab_size}"
+        )
 
 
 def _refuse_unknown(reader: HfReader, rules: Iterable[Rule], shape: ModelShape) -> None:
