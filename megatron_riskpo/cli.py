@@ -1,5 +1,5 @@
-"""The command line: riskpo train | sft | report | convert. Imports nothing heavy before it is needed, so that wrong
-input is answered at once and signal handlers stand before torch is loaded."""
+"""The command line: riskpo train | sft | report | checkpoint | convert. Imports nothing heavy before it is needed,
+so that wrong input is answered at once and signal handlers stand before torch is loaded."""
 
 import argparse
 import errno
@@ -107,8 +107,30 @@ def _parser() -> argparse.ArgumentParser:
     text = "Write report.html (curves and tables, one file) into a run folder."
     report = commands.add_parser("report", help=text, description=text)
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, for example runs/quickstart")
+    _add_checkpoint_parser(commands)
     add_convert(commands)
     return parser
+
+
+def _add_checkpoint_parser(commands: Any) -> None:
+    text = "List, verify or delete the training checkpoints of a run folder."
+    actions = commands.add_parser("checkpoint", help=text, description=text).add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    parsers = {}
+    for name, text in (
+        ("ls", "Show step, size, layout, state and date of each checkpoint, by manifests and file sizes."),
+        ("verify", "Read all checksums and name every missing, truncated or changed file (exit code 1)."),
+        ("prune", "Delete the checkpoints older than the newest N whole ones, oldest first. The newest that verifies "
+                  "stays, as does what the run's checkpoint.keep_every and keep_best keep."),
+    ):  # fmt: skip
+        parsers[name] = actions.add_parser(name, help=text, description=text)
+        parsers[name].add_argument(
+            "run_dir", metavar="RUN", type=Path, help="a run folder, for example runs/quickstart"
+        )
+    parsers["verify"].add_argument("--step", type=int, metavar="N", help="only the checkpoint of step N")
+    parsers["prune"].add_argument("--keep", type=int, metavar="N", required=True, help="newest checkpoints kept")
+    parsers["prune"].add_argument("--dry-run", action="store_true", help="say what would be deleted, delete nothing")
 
 
 def _run(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -183,7 +205,17 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-_COMMANDS = {"train": _run, "sft": _run, "report": _report, "convert": run_convert}
+def _checkpoint(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_riskpo.checkpoint.commands import list_checkpoints, prune_checkpoints, verify_checkpoints
+
+    if args.action == "ls":
+        return list_checkpoints(args.run_dir)
+    if args.action == "verify":
+        return verify_checkpoints(args.run_dir, args.step)
+    return prune_checkpoints(args.run_dir, args.keep, args.dry_run)
+
+
+_COMMANDS = {"train": _run, "sft": _run, "report": _report, "checkpoint": _checkpoint, "convert": run_convert}
 
 
 if __name__ == "__main__":

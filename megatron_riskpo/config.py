@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_riskpo.algorithms.config import AlgorithmConfig, MismatchConfig, PolicyLossConfig
+from megatron_riskpo.checkpoint.retention import Retention
 
 Scalar = int | float | bool | str
 
@@ -212,13 +213,11 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Retention):
     """Training checkpoints."""
 
     every: int = 50
     """Save every n steps (and at the end, and when a signal ends the run)."""
-    keep: int = 2
-    """Newest checkpoints kept."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("evaluation.temperature", ">=", 0),
     ("checkpoint.every", ">=", 1),
     ("checkpoint.keep", ">=", 1),
+    ("checkpoint.keep_every", ">=", 0),
     ("logging.samples", ">=", 0),
     ("logging.samples_every", ">=", 0),
     ("sft.steps", ">=", 1),

@@ -5,6 +5,7 @@ A rule takes a Setup and returns what is wrong, with the numbers and the nearest
 """
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,33 @@ def pass_at_k(setup: Setup) -> str | None:
     return None
 
 
+def keep_every(setup: Setup) -> str | None:
+    every, kept = setup.config.checkpoint.every, setup.config.checkpoint.keep_every
+    if kept % every:
+        return (
+            f"checkpoint.keep_every = {kept} is no multiple of checkpoint.every = {every}: not all of these steps are "
+            f"saved; use {multiples(every, kept)} (0: none)"
+        )
+    return None
+
+
+def keep_best(setup: Setup) -> str | None:
+    config = setup.config
+    evaluated, saved, steps = config.evaluation.every, config.checkpoint.every, config.run.steps
+    best, names = config.checkpoint.keep_best, [f"eval/heldout/pass@{k}" for k in config.evaluation.ks]
+    if not best:
+        return None
+    if best not in names:
+        return f'checkpoint.keep_best = "{best}" is not measured; use {" or ".join(names)}'
+    # Where the run is too short for a second evaluation or checkpoint, the option is merely idle.
+    if not evaluated or max(evaluated, saved) < steps <= math.lcm(evaluated, saved):
+        return (
+            f"checkpoint.keep_best compares steps that are saved (checkpoint.every = {saved}) and evaluated "
+            f"(evaluation.every = {evaluated}), but only the last is both; set evaluation.every to {saved}"
+        )
+    return None
+
+
 TRAIN_RULES: tuple[Rule, ...] = (
     bounds,
     run_name,
@@ -278,6 +306,8 @@ TRAIN_RULES: tuple[Rule, ...] = (
     engine_split,
     lengths,
     pass_at_k,
+    keep_every,
+    keep_best,
     mini_batches,
     overlong,
     dynamic_sampling,

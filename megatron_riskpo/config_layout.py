@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_riskpo.actor.flops import expert_width, num_experts
-from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
+from megatron_riskpo.config_rules import Rule, Setup, multiples, nearest, no_divisor, undivided
 from megatron_riskpo.errors import UsageError
 
 
@@ -17,14 +17,32 @@ def mlp_columns(model: Mapping[str, Any]) -> dict[str, int]:
 
 def model_sizes(setup: Setup) -> str | None:
     sizes = ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings"]
+    optional = ("num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "moe_intermediate_size")
+    sizes += [key for key in optional if setup.model.get(key)]
     if num_experts(setup.model):
-        sizes += ["num_experts_per_tok", *(["moe_intermediate_size"] if "moe_intermediate_size" in setup.model else [])]
+        sizes.append("num_experts_per_tok")
+    if setup.config.model.path:
+        sizes.append("vocab_size")  # of a model that is made from nothing the tokenizer says it
     for key in sizes:
         value = setup.model.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             return (
                 f"the model's config.json has {key} = {value!r}; a decoder-only language model with that size is needed"
             )
+    return None
+
+
+def model_heads(setup: Setup) -> str | None:
+    heads = setup.model["num_attention_heads"]
+    groups = setup.model.get("num_key_value_heads") or heads
+    if heads % groups:
+        return f"the model's config.json has {heads} attention heads, which its {groups} key-value heads do not divide"
+    head_dim = setup.model.get("head_dim") or setup.model["hidden_size"] // heads
+    if head_dim % 2:
+        return f"the model's config.json gives a head dimension of {head_dim}; rotary embeddings need an even one"
+    experts, chosen = num_experts(setup.model), setup.model.get("num_experts_per_tok")
+    if experts and chosen > experts:
+        return f"the model's config.json has num_experts_per_tok = {chosen} of {experts} experts"
     return None
 
 
@@ -102,8 +120,18 @@ def expert_parallel(setup: Setup) -> str | None:
         return f"actor.ep = {actor.ep}, but the model has no experts; set it to 1"
     if experts and actor.tp > 1 and not actor.sequence_parallel:
         return f"actor.tp = {actor.tp} with experts needs actor.sequence_parallel = true"
-    if experts and experts % actor.ep:
-        return no_divisor("actor.ep", actor.ep, experts, "experts of a layer")
+    return None
+
+
+def expert_ranks(setup: Setup) -> str | None:
+    ep, experts = setup.config.actor.ep, num_experts(setup.model)
+    of_a_stage = setup.world_size // setup.config.actor.pp
+    if experts % ep or of_a_stage % ep:
+        valid = [n for n in range(1, of_a_stage + 1) if experts % n == 0 and of_a_stage % n == 0]
+        return (
+            f"actor.ep = {ep} does not divide both the {experts} experts of a layer and the {of_a_stage} ranks of a "
+            f"pipeline stage; use {nearest(valid, ep)}"
+        )
     return None
 
 
@@ -115,9 +143,6 @@ def world_split(setup: Setup) -> str | None:
             f"{setup.world_size} ranks cannot be split into groups of actor.tp * actor.cp * actor.pp = {actor.tp} * "
             f"{actor.cp} * {actor.pp} = {size}; use {multiples(size, setup.world_size)} ranks"
         )
-    of_a_stage = setup.world_size // actor.pp
-    if of_a_stage % actor.ep:
-        return no_divisor("actor.ep", actor.ep, of_a_stage, "ranks of a pipeline stage")
     return None
 
 
@@ -131,11 +156,13 @@ def sequence_parallel(setup: Setup) -> str | None:
 LAYOUT_RULES: tuple[Rule, ...] = (
     model_type,
     model_sizes,
+    model_heads,
     architecture,
     tensor_parallel,
     pipeline_parallel,
     virtual_pipeline,
     expert_parallel,
     world_split,
+    expert_ranks,
     sequence_parallel,
 )

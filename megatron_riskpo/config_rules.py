@@ -18,8 +18,9 @@ class Setup:
 
     @property
     def data_parallel(self) -> int:
+        """Where the ranks do not even suffice for one replica, 1: another rule says so."""
         actor = self.config.actor
-        return self.world_size // (actor.tp * actor.cp * actor.pp)
+        return max(1, self.world_size // (actor.tp * actor.cp * actor.pp))
 
 
 Rule = Callable[[Setup], str | None]

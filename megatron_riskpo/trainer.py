@@ -82,7 +82,7 @@ class Trainer:
             self.observer.record(self.step, metrics)
             if last or stopping or _due(self.step, self.config.checkpoint.every):
                 with self.observer.phase("checkpoint"):
-                    self.save()
+                    self.save(metrics)
                 self.observer.record_phases(self.step)
         return self.step == self.config.run.steps
 
@@ -245,10 +245,12 @@ class Trainer:
                 self.config.rewards.answer_form, self.actor.grid.world,
             )  # fmt: skip
 
-    def save(self) -> None:
-        """A checkpoint of everything that the next step depends on."""
+    def save(self, metrics: dict[str, float]) -> None:
+        """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown."""
         state = {"step": self.step, "stream": self.stream.state_dict(), "objective": self.objective.state_dict()}
-        save_checkpoint(self.run_dir / "checkpoints", self.step, self.actor, state, self.config.checkpoint.keep)
+        shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        folder = self.run_dir / "checkpoints"
+        save_checkpoint(folder, self.step, self.actor, state, self.config.checkpoint, shown)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `save`'s state; the actor has loaded its own part."""

@@ -29,7 +29,7 @@ def handlers_restored(monkeypatch):
 def recipe(tmp_path: Path) -> str:
     (tmp_path / "model").mkdir()
     model = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2, "hidden_size": 128}
-    model |= {"model_type": "qwen2", "intermediate_size": 384, "max_position_embeddings": 512}
+    model |= {"model_type": "qwen2", "intermediate_size": 384, "vocab_size": 1000, "max_position_embeddings": 512}
     (tmp_path / "model" / "config.json").write_text(json.dumps(model))
     path = tmp_path / "x.toml"
     path.write_text(

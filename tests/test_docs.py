@@ -32,7 +32,7 @@ REPLACED_WHOLE = ("algorithm", "loss", "mismatch")
 NUM_RANKS = 2
 MODEL = {
     "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 1536, "intermediate_size": 8960,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 32768,
 }  # fmt: skip
 """Of the size that the papers train."""
 

@@ -64,6 +64,7 @@ EVERYTHING = (
     *("--loss.kl_coefficient", "0.05", "--mismatch.correction", "tis", "--mismatch.abort_above", "1e-3"),
     # Small steps: the weakly trained model must go on solving something, or there is nothing to keep.
     *("--optimizer.lr", "1e-4"),
+    *("--evaluation.every", "5", "--checkpoint.keep", "1", "--checkpoint.keep_best", "eval/heldout/pass@2"),
 )
 BASE = """
 [run]
@@ -175,6 +176,11 @@ def test_killed_run_resumes_bit_for_bit(folder, engine, more):
     ]
     assert all(row["perf/model_tflops"] > 0 and row["perf/update_tokens_per_second"] > 0 for row in whole[1:])
     if more:
+        scores = {step: whole[step]["eval/heldout/pass@2"] for step in (5, 10)}
+        kept = {10, max(scores, key=lambda step: (scores[step], step))}
+        for kind in ("whole", "killed"):
+            folders = (folder / "runs" / f"{engine}-{kind}" / "checkpoints").glob("step_*")
+            assert {path.name for path in folders} == {f"step_{step}" for step in kept}
         assert {row["rollout/rounds"] for row in whole[1:]} & {2, 3}
         assert any(0 < row["rollout/kept_share"] < 1 for row in whole[1:])
         assert any(row["reward/shaped_mean"] < row["reward/mean"] for row in whole[1:])

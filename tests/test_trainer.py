@@ -11,7 +11,7 @@ from megatron_riskpo.actor.flops import ModelFlops
 from megatron_riskpo.algorithms.config import MismatchConfig, PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.collect import Groups
-from megatron_riskpo.config import ActorConfig, RewardConfig, RolloutConfig, TrainConfig
+from megatron_riskpo.config import ActorConfig, CheckpointConfig, RewardConfig, RolloutConfig, TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rewards.scoring import Rewards
 from megatron_riskpo.rollout.types import Rollouts
@@ -133,6 +133,19 @@ def test_speed_of_an_update_counts_prompts_and_responses_over_all_ranks():
     flops = ModelFlops.from_hf_config(hf_config).forward_backward([2, 3, 4, 5], num_targets=10)
     expected = {"perf/update_tokens_per_second": 28.0, "perf/model_tflops": flops / 0.5 / 2 / 1e12}
     assert one.update_speed(two_groups().rollouts) == pytest.approx(expected)
+
+
+def test_a_checkpoint_takes_the_evaluation_and_the_rules_along(monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr("megatron_riskpo.trainer.save_checkpoint", lambda *args: saved.append(args))
+    config = TrainConfig(checkpoint=CheckpointConfig(keep=3, keep_best="eval/heldout/pass@1"))
+    stateful = SimpleNamespace(state_dict=dict)
+    one = trainer(config, run_dir=tmp_path, stream=stateful, objective=stateful)
+    one.save({"reward/mean": 0.5, "eval/heldout/pass@1": 0.25})
+    (folder, step, _, _, retention, metrics) = saved[0]
+    assert (folder, step) == (tmp_path / "checkpoints", 3)
+    assert (retention.keep, retention.keep_best) == (3, "eval/heldout/pass@1")
+    assert metrics == {"eval/heldout/pass@1": 0.25}
 
 
 def test_sample_rows_show_both_rewards():

@@ -156,7 +156,7 @@ def score_micro_batch(model: nn.Module, batch: MicroBatch, temperature: float) -
         batch.position_ids,
         None,
         packed_seq_params=batch.packed,
-        scoring=Scoring(batch.predictor, batch.targets, batch.slots, int(batch.response_lengths.sum()), temperature),
+        scoring=Scoring(batch.predictor, batch.targets, batch.slots, batch.num_targets, temperature),
     )
 
 

@@ -16,7 +16,7 @@ def transformer_config(hf_config: dict[str, Any], actor: ActorConfig, dtype: tor
     """Megatron's description of the model under this run's layout; UsageError for a model that it cannot compute."""
     check_architecture(hf_config)
     family, shape = family_of(hf_config), shape_of(hf_config)
-    on_gpu = torch.cuda.is_available()
+    on_gpu, has_te = torch.cuda.is_available(), use_transformer_engine(dtype)
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=hf_config["hidden_size"],
@@ -42,10 +42,11 @@ def transformer_config(hf_config: dict[str, Any], actor: ActorConfig, dtype: tor
         masked_softmax_fusion=False,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=False,
+        # Unfused, each layer would ask the GPU for every sequence's length.
+        apply_rope_fusion=has_te,
         persist_layer_norm=on_gpu,
         gradient_accumulation_fusion=False,
-        moe_grouped_gemm=use_transformer_engine() and shape.num_experts > 0,
+        moe_grouped_gemm=has_te and shape.num_experts > 0,
         **_layout_options(actor, dtype),
         **_RECOMPUTE[actor.recompute],
         **family.transformer_options(hf_config),

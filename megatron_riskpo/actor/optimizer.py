@@ -1,12 +1,14 @@
 """AdamW under Megatron's optimizers, and what torch's AdamW needs mended in megatron-core 0.16.1.
 
 Without TransformerEngine and Apex, Megatron wraps torch.optim.AdamW. Its distributed optimizer then loses track of
-AdamW's `step` in checkpoints, in three ways; each is mended here, and nothing is done where another Adam is used.
+AdamW's `step` in checkpoints, in three ways; each is mended here, and nothing is done where another Adam is used. With
+any Adam it saves a buffer of several buckets shifted: `padding_counted`.
 """
 
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +86,27 @@ def unshare_steps(optimizer: MegatronOptimizer) -> None:
         for state in adam.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+
+@contextmanager
+def padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """What has to be around a distributed optimizer's sharded_state_dict.
+
+    It lays the buckets of a gradient buffer end to end without their padding, but cuts them at the parameters' places
+    in the padded buffer. With more than one bucket (a tied embedding in the last pipeline stage has its own) everything
+    behind a padded one would be saved shifted, and the last of it as zeros. In the body the padding counts as content.
+    """
+    buffers = [buffer for inner in inner_optimizers(optimizer) for buffer in getattr(inner, "buffers", ())]
+    sizes = {buffer: buffer.numel for buffer in buffers}
+    sizes |= {bucket: bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets}
+    unpadded = {holder: holder.numel_unpadded for holder in sizes}
+    try:
+        for holder, size in sizes.items():
+            holder.numel_unpadded = size
+        yield
+    finally:
+        for holder, size in unpadded.items():
+            holder.numel_unpadded = size
 
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -7,6 +7,8 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_riskpo.actor.optimizer import inner_optimizers
+
 _MAIN_WEIGHTS = ("fp32_from_float16_groups", "shard_fp32_from_float16_groups")
 """Where Megatron's two mixed-precision optimizers keep their float32 main weights."""
 
@@ -48,7 +50,7 @@ class OffloadedState:
 
 def _state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
     """Tensors with memory of their own; a state that does not exist yet (before the first step) is not among them."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in inner_optimizers(optimizer):
         # A rank whose share of the parameters is empty has no optimizer.
         states = inner.optimizer.state.values() if inner.optimizer is not None else ()
         for state in states:

@@ -48,6 +48,8 @@ class MicroBatch:
     """int64 [m]: where these targets stand among all n."""
     response_lengths: Tensor
     """int64 [len(rows)]; sums to n."""
+    num_targets: int
+    """n, known without asking the device."""
 
 
 def pack(rollouts: Rollouts, rows: Sequence[int], split: SequenceSplit, device: torch.device) -> MicroBatch:
@@ -78,6 +80,7 @@ def pack(rollouts: Rollouts, rows: Sequence[int], split: SequenceSplit, device: 
         targets=targets[slots].to(device),
         slots=slots.to(device),
         response_lengths=chosen.response_lengths.to(device),
+        num_targets=target_positions.numel(),
     )
 
 

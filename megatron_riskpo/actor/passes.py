@@ -49,14 +49,18 @@ def run_passes(
 
         return output, loss_function
 
-    batches = [pack(rollouts, rows, split, device) for rows in micro_batches]
+    def batches() -> Iterator[MicroBatch]:
+        # One by one: what a pack brings along (attention's masks) goes when its backward pass is done.
+        return (pack(rollouts, rows, split, device) for rows in micro_batches)
+
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         # Every virtual stage goes through all micro-batches.
-        data_iterator=[iter(batches) for _ in model],
+        data_iterator=[batches() for _ in model],
         model=list(model),
-        num_microbatches=len(batches),
-        seq_length=max(batch.input_ids.numel() for batch in batches),
+        num_microbatches=len(micro_batches),
+        # Not looked at: pipeline stages tell each other the shapes.
+        seq_length=1,
         micro_batch_size=1,
         forward_only=loss is None,
     )

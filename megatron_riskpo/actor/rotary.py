@@ -19,13 +19,16 @@ def _rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def rope_base(hf_config: Mapping[str, Any]) -> float:
     """Base of the rotary frequencies."""
-    return float(_rope(hf_config).get("rope_theta") or hf_config.get("rope_theta") or DEFAULT_BASE)
+    rope = _rope(hf_config)
+    given = [options for options in (rope, hf_config) if options.get("rope_theta")]
+    return _number(given[0], "rope_theta") if given else DEFAULT_BASE
 
 
 def rotary_frequencies(hf_config: Mapping[str, Any], head_dim: int) -> Tensor:
     """float32 [head_dim / 2], in radians a position.
 
-    Raises UsageError for a rope_type other than default, linear and llama3, and for a partial rotation.
+    Raises UsageError for a rope_type other than default, linear and llama3, an option of it that is missing or no
+    number, and a partial rotation.
     """
     rope = _rope(hf_config)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -37,16 +40,24 @@ def rotary_frequencies(hf_config: Mapping[str, Any], head_dim: int) -> Tensor:
         case "default":
             return frequencies
         case "linear":
-            return frequencies / rope["factor"]
+            return frequencies / _number(rope, "factor")
         case "llama3":
             return _llama3(frequencies, rope)
     raise UsageError(f"config.json: rope_type {kind!r} is not supported; known: default, linear, llama3")
 
 
+def _number(options: Mapping[str, Any], key: str) -> float:
+    value = options.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UsageError(f"config.json: the rotary option {key} is {value!r}; it must be a number above 0")
+    return float(value)
+
+
 def _llama3(frequencies: Tensor, rope: Mapping[str, Any]) -> Tensor:
     """Llama 3.1's scaling (arXiv 2407.21783; parameters as in config.json): waves longer than the original context are
     slowed by `factor`, short ones stay, those between are interpolated."""
-    original, low, high = (rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    names = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "factor")
+    original, low, high, factor = (_number(rope, name) for name in names)
     wavelengths = 2 * math.pi / frequencies
     kept = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / rope["factor"] + kept * frequencies
+    return (1 - kept) * frequencies / factor + kept * frequencies

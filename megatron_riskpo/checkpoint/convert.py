@@ -16,7 +16,7 @@ from megatron_riskpo.checkpoint.manifest import (
     MANIFEST,
     SHARDED,
     DamagedCheckpointError,
-    corrupted_files,
+    damages,
     latest_complete,
     read_manifest,
     step_folders,
@@ -77,10 +77,7 @@ def _of_run(folder: Path, step: int | None) -> Path:
 
 
 def _whole(path: Path) -> Path:
-    try:
-        reasons = corrupted_files(path, read_manifest(path))
-    except DamagedCheckpointError as error:
-        reasons = [str(error)]
+    reasons = damages(path)
     if reasons:
         raise RunError(f"checkpoint {path} is damaged: {reasons[0]}; take another step")
     return path

@@ -27,7 +27,10 @@ def load_hf_weights(
     _refuse_unknown(reader, rules.values(), shape)
     for name, parameter in named_parameters(chunks):
         rule = rules[name]
-        num_rows = padded_vocab_size(shape.vocab_size, tp_size) if rule.is_vocab else None
+        num_rows = None
+        if rule.is_vocab:
+            _check_vocab(reader, rule.hf[0], shape)
+            num_rows = padded_vocab_size(shape.vocab_size, tp_size)
         pieces = [reader.read(hf, rule.shard_dim, tp_rank, tp_size, num_rows) for hf in rule.hf]
         value = rule.fusion.fuse(pieces, shape)
         if value.shape != parameter.shape:
@@ -36,6 +39,15 @@ def load_hf_weights(
                 f"config.json asks for {list(parameter.shape)}"
             )
         parameter.copy_(value)
+
+
+def _check_vocab(reader: HfReader, name: str, shape: ModelShape) -> None:
+    # Before it is padded: then it would fit any size.
+    rows = reader.shape(name)[0]
+    if rows != shape.vocab_size:
+        raise UsageError(
+            f"{reader.model_dir}: {name} has {rows} rows, config.json says vocab_size = {shape.vocab_size}"
+        )
 
 
 def _refuse_unknown(reader: HfReader, rules: Iterable[Rule], shape: ModelShape) -> None:

@@ -38,7 +38,7 @@ class HfReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor."""
-        return tuple(self._handle_of[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def whole(self, name: str) -> Tensor:
         """One tensor."""
@@ -46,14 +46,17 @@ class HfReader:
 
     def dtype(self, name: str) -> str:
         """As config.json calls it."""
-        code = str(self._handle_of[name].get_slice(name).get_dtype())
+        code = str(self._slice(name).get_dtype())
         return DTYPE_OF_CODE.get(code, code)
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._handle_of:
+            raise UsageError(f"{self.model_dir}: the safetensors hold no {name}; the folder and config.json disagree")
+        return self._handle_of[name].get_slice(name)
 
     def read(self, name: str, shard_dim: int | None, rank: int, num_ranks: int, num_rows: int | None) -> Tensor:
         """The rank's piece of a tensor cut evenly along shard_dim; num_rows pads dimension 0 first (vocabulary)."""
-        if name not in self._handle_of:
-            raise UsageError(f"{self.model_dir}: the safetensors hold no {name}; the folder and config.json disagree")
-        view = self._handle_of[name].get_slice(name)
+        view = self._slice(name)
         if shard_dim is None:
             return view[:]
         size = view.get_shape()[shard_dim]

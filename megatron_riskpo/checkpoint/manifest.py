@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+import stat
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,6 +53,12 @@ class Manifest:
     """Packages that wrote it."""
     files: dict[str, FileEntry]
     """By name relative to the folder."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The evaluation's, where the step was evaluated; manifests of earlier versions have none."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.size for entry in self.files.values())
 
 
 def sync_to_disk(path: Path) -> None:
@@ -93,19 +100,49 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises DamagedCheckpointError.
     """
+    manifest = parse_manifest(folder)
+    for name, entry in manifest.files.items():
+        reason = _misfit(folder, name, entry)
+        if reason:
+            raise DamagedCheckpointError(reason)
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """The manifest alone, whatever has become of the files; raises DamagedCheckpointError."""
     try:
-        manifest = _parse(json.loads((folder / MANIFEST).read_text()))
+        return _parse(json.loads((folder / MANIFEST).read_text()))
     except FileNotFoundError:
         raise DamagedCheckpointError(f"no {MANIFEST}: it was never finished") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{MANIFEST} is not readable ({type(error).__name__}: {error})") from error
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{name} is missing")
-        if path.stat().st_size != entry.size:
-            raise DamagedCheckpointError(f"{name} has {path.stat().st_size} bytes, the manifest says {entry.size}")
-    return manifest
+
+
+def damages(folder: Path) -> list[str]:
+    """Reasons, one for each damaged file of the checkpoint, all checksums read; none if it is whole."""
+    try:
+        manifest = parse_manifest(folder)
+    except DamagedCheckpointError as error:
+        return [str(error)]
+    misfits = {name: _misfit(folder, name, entry) for name, entry in manifest.files.items()}
+    # Of a file whose size is wrong already a checksum says no more.
+    fitting = {name: entry for name, entry in manifest.files.items() if misfits[name] is None}
+    return [reason for reason in misfits.values() if reason] + corrupted_files(folder, replace(manifest, files=fitting))
+
+
+def _misfit(folder: Path, name: str, entry: FileEntry) -> str | None:
+    """Why the file cannot be the one that was written, by its size alone."""
+    try:
+        status = (folder / name).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{name} is no file"
+    if status.st_size != entry.size:
+        return f"{name} has {status.st_size} bytes, the manifest says {entry.size}"
+    return None
 
 
 def _parse(document: dict[str, Any]) -> Manifest:
@@ -116,7 +153,12 @@ def _parse(document: dict[str, Any]) -> Manifest:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"file name {name!r} points out of the folder")
     return Manifest(
-        int(document["step"]), dict(document["layout"]), dict(document["content"]), dict(document["versions"]), files
+        step=int(document["step"]),
+        layout=dict(document["layout"]),
+        content=dict(document["content"]),
+        versions=dict(document["versions"]),
+        files=files,
+        metrics={name: float(value) for name, value in document.get("metrics", {}).items()},
     )
 
 
@@ -146,13 +188,35 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted((path for path in found if step_of(path) is not None), key=lambda path: -(step_of(path) or 0))
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint folder, and what its manifest and the sizes of its files say."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    """None if it is damaged."""
+    damage: str = ""
+    """Why, if it is."""
+
+
+def survey(folder: Path) -> list[Found]:
+    """All checkpoint folders of `folder` (runs/NAME/checkpoints), oldest step first; checksums are not read."""
+    return [_find(path) for path in reversed(step_folders(folder))]
+
+
+def _find(path: Path) -> Found:
+    step = step_of(path) or 0
+    try:
+        return Found(path, step, read_manifest(path))
+    except DamagedCheckpointError as error:
+        return Found(path, step, None, str(error))
+
+
 def latest_complete(folder: Path) -> Path | None:
     """The newest whole checkpoint of `folder` (runs/NAME/checkpoints), all checksums read; damaged ones are logged."""
     for path in step_folders(folder):
-        try:
-            reasons = corrupted_files(path, read_manifest(path))
-        except DamagedCheckpointError as error:
-            reasons = [str(error)]
+        reasons = damages(path)
         if not reasons:
             return path
         log_damage(path, reasons[0])
@@ -183,23 +247,3 @@ def publish(partial: Path) -> Path:
     sync_to_disk(target.parent)
     write_text_durably(target.parent / LATEST, target.name + "\n")
     return target
-
-
-def remove_old(folder: Path, step: int, keep: int) -> None:
-    """After step_`step` was saved: delete what is older than the newest `keep` whole checkpoints up to it.
-
-    Sizes are checked, checksums not: reading all kept files at every save would cost more than it is worth.
-    Folders of later steps stay (they were found damaged, or the user went back on purpose).
-    """
-    num_kept = 0
-    for path in step_folders(folder):
-        if (step_of(path) or 0) > step:
-            continue
-        if num_kept >= keep:
-            shutil.rmtree(path)
-            continue
-        try:
-            read_manifest(path)
-            num_kept += 1
-        except DamagedCheckpointError as error:
-            log_damage(path, str(error))

@@ -26,7 +26,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_riskpo.actor.actor import Actor
-from megatron_riskpo.actor.optimizer import allocate_state, unshare_steps
+from megatron_riskpo.actor.optimizer import allocate_state, padding_counted, unshare_steps
 from megatron_riskpo.checkpoint.manifest import list_files, sync_to_disk
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.errors import RunError
@@ -53,7 +53,8 @@ def _state(actor: Actor, is_loading: bool) -> dict[str, Any]:
     # Megatron takes AdamW's state for granted, torch makes it at the first step.
     allocate_state(actor.optimizer)
     model = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(actor.chunks)}
-    optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    with padding_counted(actor.optimizer):
+        optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
 

@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,12 +40,12 @@ from megatron_riskpo.checkpoint.manifest import (
     log_damage,
     publish,
     read_manifest,
-    remove_old,
     step_folders,
     sync_to_disk,
     write_manifest,
     write_text_durably,
 )
+from megatron_riskpo.checkpoint.retention import Retention, remove_old
 from megatron_riskpo.checkpoint.rng import rng_state, set_rng_state
 from megatron_riskpo.checkpoint.sharded import Parts, collect_parts, load_sharded, write_common, write_shards
 from megatron_riskpo.checkpoint.together import GroupFailureError, run_together
@@ -56,24 +57,30 @@ STATE = "state.json"
 PACKAGES = ("megatron-riskpo", "megatron-core", "torch", "transformers")
 
 
-def save_checkpoint(folder: Path, step: int, actor: Actor, state: dict[str, Any], keep: int) -> Path:
-    """Write folder/step_N, then delete all but the newest `keep`; returns the checkpoint's folder.
+def save_checkpoint(
+    folder: Path, step: int, actor: Actor, state: dict[str, Any], retention: Retention,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:  # fmt: skip
+    """Write folder/step_N, then delete what `retention` does not keep; returns the checkpoint's folder.
 
-    state: what the trainer needs besides the actor, JSON-able, the same on every rank.
-    Raises RunError on every rank if the write fails on one; earlier checkpoints are then as they were.
+    state: what the trainer needs besides the actor, JSON-able, the same on every rank. metrics: the evaluation's, by
+    which the best checkpoint is kept. Raises RunError on every rank if the write fails on one; earlier checkpoints are
+    then as they were.
     """
     document = json.dumps({"step": step, "num_optimizer_steps": actor.num_optimizer_steps, "trainer": state})
     partial = folder / f"step_{step}{PARTIAL_SUFFIX}"
     with actor.optimizer_state():
-        return _save(partial, document, step, actor, keep)
+        return _save(partial, document, step, actor, retention, dict(metrics or {}))
 
 
-def _save(partial: Path, document: str, step: int, actor: Actor, keep: int) -> Path:
+def _save(
+    partial: Path, document: str, step: int, actor: Actor, retention: Retention, metrics: dict[str, float]
+) -> Path:
     parts = collect_parts(actor)
     try:
         _write_parts(partial, parts, document, actor)
-        _seal(partial, step, actor)
-        return run_together(actor.grid.world, lambda: _publish(partial, step, keep, actor.grid.rank == 0))
+        _seal(partial, step, actor, metrics)
+        return run_together(actor.grid.world, lambda: _publish(partial, step, retention, actor.grid.rank == 0))
     except GroupFailureError as error:
         raise _save_error(partial, parts, error, actor.grid.world) from error
 
@@ -147,7 +154,7 @@ def _write_parts(partial: Path, parts: Parts, document: str, actor: Actor) -> No
     run_together(group, lambda: write_shards(sharded, parts, actor.grid))
 
 
-def _seal(partial: Path, step: int, actor: Actor) -> None:
+def _seal(partial: Path, step: int, actor: Actor, metrics: dict[str, float]) -> None:
     """Write the manifest; each rank reads back and sums its share of the files."""
     group = actor.grid.world
     names = _from_first(list_files(partial), group)
@@ -162,15 +169,15 @@ def _seal(partial: Path, step: int, actor: Actor) -> None:
     def write() -> None:
         if group.rank() == 0:
             sync_to_disk(partial / SHARDED)
-            write_manifest(partial, Manifest(step, _layout(actor), _content(actor), _versions(), files))
+            write_manifest(partial, Manifest(step, _layout(actor), _content(actor), _versions(), files, metrics))
 
     run_together(group, write)
 
 
-def _publish(partial: Path, step: int, keep: int, is_first: bool) -> Path:
+def _publish(partial: Path, step: int, retention: Retention, is_first: bool) -> Path:
     if is_first:
         publish(partial)
-        remove_old(partial.parent, step, keep)
+        remove_old(partial.parent, step, retention)
     return partial.with_name(f"step_{step}")
 
 

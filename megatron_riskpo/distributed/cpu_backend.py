@@ -157,8 +157,6 @@ def _adapt_rng(random: Any) -> None:
 
 
 def _adapt_experts(moe_utils: Any) -> None:
-    # Without TransformerEngine the name is never bound (megatron-core 0.16.1), and the router asks for it.
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     move = moe_utils.maybe_move_tensor_to_cpu
 
     @functools.wraps(move)

@@ -16,15 +16,18 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.actor.optimizer import inner_optimizers
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint import training_state
 from megatron_riskpo.checkpoint.manifest import latest_complete, step_folders
+from megatron_riskpo.checkpoint.retention import Retention
 from megatron_riskpo.checkpoint.training_state import agree_on_latest, load_checkpoint, save_checkpoint
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
 from megatron_riskpo.errors import RiskpoError
 from tests.distributed.layout_cases import ragged_rollouts
+from tests.distributed.ranks import release_groups
 
 # The schedule depends on the number of optimizer steps, eps keeps AdamW's first steps well conditioned.
 OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="cosine", eps=1e-3)
@@ -38,6 +41,14 @@ LAYOUTS = {
     "tp2 plain optimizer": ActorConfig(tp=2, distributed_optimizer=False, micro_batch_tokens=100),
     "one": ActorConfig(micro_batch_tokens=100),
     "one bfloat16": ActorConfig(micro_batch_tokens=100),
+    "one bfloat16, offloaded": ActorConfig(micro_batch_tokens=100, offload_optimizer=True),
+    "pp2 deep": ActorConfig(pp=2, micro_batch_tokens=100),
+    "pp2 vp2 deep": ActorConfig(pp=2, vp=2, micro_batch_tokens=100),
+    "tp2 deep": ActorConfig(tp=2, micro_batch_tokens=100),
+    "one deep": ActorConfig(micro_batch_tokens=100),
+    "ep2 moe": ActorConfig(ep=2, micro_batch_tokens=100),
+    "tp2 sp moe": ActorConfig(tp=2, sequence_parallel=True, micro_batch_tokens=100),
+    "one moe": ActorConfig(micro_batch_tokens=100),
 }
 
 
@@ -47,6 +58,9 @@ def make_actor(layout: str, model_dir: Path, seed: int) -> Actor:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    for kind in ("moe", "deep"):
+        if kind in layout:
+            model_dir = model_dir.with_name(f"{kind}_{model_dir.name}")
     return Actor.from_hf(model_dir, config, OPTIMIZER, dtype, build_grid(config, seed))
 
 
@@ -64,9 +78,12 @@ def train(actor: Actor, steps: range) -> dict[str, Any]:
 
 def optimizer_state(actor: Actor) -> list[dict[str, torch.Tensor]]:
     """AdamW's state of this rank's parameters, in order, with the main weights."""
-    adam = actor.optimizer.optimizer
-    parameters = [p for group in adam.param_groups for p in group["params"]]
-    return [{"main": p.detach().clone(), **{k: v.clone() for k, v in adam.state[p].items()}} for p in parameters]
+    with actor.optimizer_state():
+        return [
+            {"main": p.detach().clone(), **{key: value.clone() for key, value in inner.optimizer.state[p].items()}}
+            for inner in inner_optimizers(actor.optimizer)
+            for p in inner.get_parameters()
+        ]
 
 
 def draw() -> list[Any]:
@@ -82,7 +99,7 @@ def round_trip(layout: str, folder: Path) -> dict[str, Any]:
     saved = train(actor, range(3))["weights"]
     checkpoints = folder.parent / "saved" / layout
     start = time.perf_counter()
-    path = save_checkpoint(checkpoints, 3, actor, STATE, keep=2)
+    path = save_checkpoint(checkpoints, 3, actor, STATE, Retention(keep=2))
     save_s = time.perf_counter() - start
     expected = train(actor, range(3, 5))
     fresh = make_actor(layout, folder.parent / "other_model", seed=2)
@@ -113,7 +130,7 @@ def failing_saves(folder: Path) -> dict[str, Any]:
     """The disk is full on one of two ranks, at three places of a save."""
     actor = make_actor("tp2", folder.parent / "model", seed=1)
     checkpoints = folder.parent / "full"
-    save_checkpoint(checkpoints, 1, actor, STATE, keep=2)
+    save_checkpoint(checkpoints, 1, actor, STATE, Retention(keep=2))
     no_space = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     places = {
         "shards": (1, FileSystemWriter, "write_data"),
@@ -124,11 +141,11 @@ def failing_saves(folder: Path) -> dict[str, Any]:
     results = {}
     for name, (rank, owner, attribute) in places.items():
         with mock.patch.object(owner, attribute, no_space if dist.get_rank() == rank else getattr(owner, attribute)):
-            error = error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, keep=2))
+            error = error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, Retention(keep=2)))
         names = sorted(path.name for path in checkpoints.iterdir())
         results[name] = error, names, latest_complete(checkpoints)
         dist.barrier()
-    save_checkpoint(checkpoints, 2, actor, STATE, keep=2)
+    save_checkpoint(checkpoints, 2, actor, STATE, Retention(keep=2))
     return results | {"after": latest_complete(checkpoints)}
 
 
@@ -138,17 +155,29 @@ def agreement(folder: Path) -> dict[str, Any]:
     checkpoints = folder.parent / "kept"
     nothing = agree_on_latest(checkpoints, actor.grid.world)
     for step in (1, 2, 10):
-        save_checkpoint(checkpoints, step, actor, STATE, keep=2)
+        save_checkpoint(checkpoints, step, actor, STATE, Retention(keep=2))
     kept = [path.name for path in step_folders(checkpoints)]
     if dist.get_rank() == 0:
         flip_byte(next((checkpoints / "step_10" / "megatron").glob("*.distcp")))
     dist.barrier()
     used = agree_on_latest(checkpoints, actor.grid.world)
     error = error_of(lambda: load_checkpoint(checkpoints / "step_10", actor))
-    save_checkpoint(checkpoints, 10, actor, STATE, keep=2)
+    save_checkpoint(checkpoints, 10, actor, STATE, Retention(keep=2))
     return {"nothing": nothing, "kept": kept, "used": used, "error": error,
             "replaced": agree_on_latest(checkpoints, actor.grid.world),
             "named": (checkpoints / "latest").read_text()}  # fmt: skip
+
+
+def retention(folder: Path) -> list[list[str]]:
+    """Which checkpoints there are after each save."""
+    actor = make_actor("one", folder.parent / "model", seed=1)
+    checkpoints = folder.parent / "retained" / "checkpoints"
+    rules = Retention(keep=1, keep_every=4, keep_best="eval/heldout/pass@1")
+    kept = []
+    for step, metrics in ((2, {"eval/heldout/pass@1": 0.5}), (3, {"eval/heldout/pass@1": 0.25}), (4, {}), (6, None)):
+        save_checkpoint(checkpoints, step, actor, STATE, rules, metrics)
+        kept.append([path.name for path in step_folders(checkpoints)])
+    return kept
 
 
 def flip_byte(path: Path) -> None:
@@ -162,15 +191,18 @@ def real_limits(folder: Path) -> dict[str, Any]:
     actor = make_actor("one", folder.parent / "model", seed=1)
     results = {}
     limited = folder.parent / "limited"
-    save_checkpoint(limited, 1, actor, STATE, keep=2)
+    save_checkpoint(limited, 1, actor, STATE, Retention(keep=2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    results["limited"] = error_of(lambda: save_checkpoint(limited, 2, actor, STATE, keep=2)), latest_complete(limited)
+    results["limited"] = (
+        error_of(lambda: save_checkpoint(limited, 2, actor, STATE, Retention(keep=2))),
+        latest_complete(limited),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     mounted = folder.parent / "small_disk"
     if mounted.is_dir():
-        save_checkpoint(mounted, 1, actor, STATE, keep=2)
-        error = error_of(lambda: save_checkpoint(mounted, 2, actor, STATE, keep=2))
+        save_checkpoint(mounted, 1, actor, STATE, Retention(keep=2))
+        error = error_of(lambda: save_checkpoint(mounted, 2, actor, STATE, Retention(keep=2)))
         results["mounted"] = error, latest_complete(mounted)
     return results
 
@@ -185,19 +217,33 @@ def unfit(folder: Path) -> dict[str, Any]:
     return errors
 
 
+def alone(case: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """The case's result; its process groups are taken down."""
+    result = case(*arguments)
+    release_groups()
+    return result
+
+
 def run_two(folder: Path) -> dict[str, Any]:
+    saved = ("tp2", "dp2", "tp2 plain optimizer", "pp2 deep", "pp2 vp2 deep", "ep2 moe")
+    crossings = (
+        *(("tp2", "dp2"), ("tp2", "pp2"), ("pp2 deep", "pp2 vp2 deep"), ("pp2 vp2 deep", "tp2 deep")),
+        ("ep2 moe", "tp2 sp moe"),
+    )
     return {
-        **{name: round_trip(name, folder) for name in ("tp2", "dp2", "tp2 plain optimizer")},
-        **{("tp2", loaded): across("tp2", loaded, folder) for loaded in ("dp2", "pp2")},
+        **{name: alone(round_trip, name, folder) for name in saved},
+        **{crossing: alone(across, *crossing, folder) for crossing in crossings},
         "failing": failing_saves(folder),
         "agreement": agreement(folder),
     }
 
 
 def run_one(folder: Path) -> dict[str, Any]:
+    crossings = (("tp2", "one"), ("dp2", "one"), ("pp2 vp2 deep", "one deep"), ("ep2 moe", "one moe"))
     return {
-        **{name: round_trip(name, folder) for name in ("one", "one bfloat16")},
-        **{(saved, "one"): across(saved, "one", folder) for saved in ("tp2", "dp2")},
+        **{name: alone(round_trip, name, folder) for name in ("one", "one bfloat16", "one bfloat16, offloaded")},
+        **{crossing: alone(across, *crossing, folder) for crossing in crossings},
         "limits": real_limits(folder),
         "unfit": unfit(folder),
+        "retention": retention(folder),
     }

@@ -8,6 +8,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.checkpoint.retention import Retention
 from megatron_riskpo.checkpoint.training_state import save_checkpoint
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
@@ -41,7 +42,7 @@ def save_all(folder: Path) -> None:
     for family, tied, dtype in CASES:
         name, config = model_name(family, tied), layout(family)
         actor = Actor.from_hf(folder.parent / name, config, OptimizerConfig(), DTYPES[dtype], build_grid(config, 1))
-        save_checkpoint(folder.parent / "runs" / name / "checkpoints", STEP, actor, {}, keep=1)
+        save_checkpoint(folder.parent / "runs" / name / "checkpoints", STEP, actor, {}, Retention())
 
 
 def load_converted(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -8,29 +8,14 @@ import pytest
 from megatron_riskpo.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpointError,
-    Manifest,
     clear_leftovers,
     corrupted_files,
-    describe_file,
+    damages,
     latest_complete,
-    list_files,
-    publish,
     read_manifest,
-    remove_old,
     step_folders,
-    write_manifest,
 )
-
-
-def write_checkpoint(folder, step):
-    """A published checkpoint of two files."""
-    partial = folder / f"step_{step}.partial"
-    (partial / "megatron").mkdir(parents=True)
-    (partial / "state.json").write_text(json.dumps({"step": step}))
-    (partial / "megatron" / "shard").write_bytes(bytes(range(256)) * 40)
-    files = {name: describe_file(partial / name) for name in list_files(partial)}
-    write_manifest(partial, Manifest(step, {"tp": 1}, {}, {}, files))
-    return publish(partial)
+from tests.checkpoint.folders import flip_byte, truncate, write_checkpoint
 
 
 @pytest.fixture
@@ -38,18 +23,6 @@ def folder(tmp_path):
     for step in (2, 9, 10):
         write_checkpoint(tmp_path, step)
     return tmp_path
-
-
-def truncate(path):
-    shard = path / "megatron" / "shard"
-    shard.write_bytes(shard.read_bytes()[:-1])
-
-
-def flip_byte(path):
-    shard = path / "megatron" / "shard"
-    content = bytearray(shard.read_bytes())
-    content[5000] ^= 1
-    shard.write_bytes(content)
 
 
 def cut_manifest(path):
@@ -63,8 +36,8 @@ def point_outside(path):
 
 
 DAMAGES = {
-    "truncated file": (truncate, "megatron/shard has 10239 bytes, the manifest says 10240"),
-    "flipped byte": (flip_byte, "megatron/shard has another checksum"),
+    "truncated file": (truncate, "megatron/shard_0 has 10239 bytes, the manifest says 10240"),
+    "flipped byte": (flip_byte, "megatron/shard_0 has another checksum"),
     "missing file": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "missing manifest": (lambda path: (path / MANIFEST).unlink(), "never finished"),
     "truncated manifest": (cut_manifest, "manifest.json is not readable"),
@@ -120,17 +93,23 @@ def test_saving_a_step_again_replaces_it(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_10", "step_2", "step_9"]
 
 
-def test_retention_counts_whole_checkpoints_only(folder):
-    truncate(folder / "step_9")
-    remove_old(folder, step=10, keep=2)
-    assert [path.name for path in step_folders(folder)] == ["step_10", "step_9", "step_2"]
-    write_checkpoint(folder, 12)
-    remove_old(folder, step=12, keep=2)
-    assert [path.name for path in step_folders(folder)] == ["step_12", "step_10"]
+def test_every_damaged_file_is_named(tmp_path):
+    path = write_checkpoint(tmp_path, 3, num_shards=4)
+    assert damages(path) == []
+    (path / "megatron" / "shard_0").unlink()
+    truncate(path, "shard_1")
+    flip_byte(path, "shard_2")
+    assert damages(path) == [
+        "megatron/shard_0 is missing",
+        "megatron/shard_1 has 10239 bytes, the manifest says 10240",
+        "megatron/shard_2 has another checksum than the manifest says",
+    ]
 
 
-def test_retention_spares_the_one_just_saved(folder):
-    # Resumed from step 2 because the later ones looked damaged, and saved step 3.
-    write_checkpoint(folder, 3)
-    remove_old(folder, step=3, keep=1)
-    assert [path.name for path in step_folders(folder)] == ["step_10", "step_9", "step_3"]
+def test_manifests_without_metrics_are_read(tmp_path):
+    path = write_checkpoint(tmp_path, 3, {"eval/heldout/pass@1": 0.25})
+    assert read_manifest(path).metrics == {"eval/heldout/pass@1": 0.25}
+    document = json.loads((path / MANIFEST).read_text())
+    del document["metrics"]
+    (path / MANIFEST).write_text(json.dumps(document))
+    assert read_manifest(path).metrics == {}

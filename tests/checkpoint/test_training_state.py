@@ -9,10 +9,11 @@ import subprocess
 import pytest
 import torch
 
+from megatron_riskpo.checkpoint.commands import verify_checkpoints
 from megatron_riskpo.checkpoint.manifest import latest_complete, read_manifest
-from tests.checkpoint.cases import STATE, run_one, run_two
+from tests.checkpoint.cases import STATE, flip_byte, run_one, run_two
 from tests.distributed.ranks import run_on_ranks
-from tests.tiny_models import make_tiny_qwen2
+from tests.tiny_models import make_tiny, make_tiny_qwen2
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,10 @@ def folder(tmp_path_factory):
     # 97 entries: tensor parallelism pads the vocabulary, one rank does not.
     make_tiny_qwen2(folder / "model", tied=True, seed=3, vocab_size=97)
     make_tiny_qwen2(folder / "other_model", tied=True, seed=4, vocab_size=97)
+    for seed, name in enumerate(("model", "other_model")):
+        # Two stages of two chunks; and the tied embedding's 97 x 64 weights do not fill whole blocks of 128.
+        make_tiny_qwen2(folder / f"deep_{name}", tied=True, seed=seed, vocab_size=97, num_layers=4, hidden_size=64)
+        make_tiny(folder / f"moe_{name}", "qwen3_moe", tied=False, seed=seed, vocab_size=97, hidden_size=64)
     make_tiny_qwen2(folder / "narrow_model", tied=True, seed=3, vocab_size=97, hidden_size=64)
     return folder
 
@@ -68,25 +73,33 @@ def largest_difference(a, b):
     return max((a[n] - b[n]).abs().max().item() for n in b) / scale
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 plain optimizer"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 plain optimizer", "pp2 deep", "pp2 vp2 deep", "ep2 moe"])
 def test_resume_is_bit_exact_on_two_ranks(two, layout):
     for rank in two:
         assert_bit_equal(rank[layout]["found"], rank[layout]["expected"])
         assert rank[layout]["state"] == STATE
 
 
-@pytest.mark.parametrize("layout", ["one", "one bfloat16"])
+@pytest.mark.parametrize("layout", ["one", "one bfloat16", "one bfloat16, offloaded"])
 def test_resume_is_bit_exact_on_one_rank(one, layout):
     assert_bit_equal(one[layout]["found"], one[layout]["expected"])
     assert one[layout]["state"] == STATE
 
 
-CROSSINGS = [("tp2", "dp2"), ("tp2", "pp2"), ("tp2", "one"), ("dp2", "one")]
+def test_offloading_changes_nothing(one):
+    assert_bit_equal(one["one bfloat16, offloaded"]["expected"], one["one bfloat16"]["expected"])
+
+
+CROSSINGS = [
+    *(("tp2", "dp2"), ("tp2", "pp2"), ("tp2", "one"), ("dp2", "one")),
+    *(("pp2 deep", "pp2 vp2 deep"), ("pp2 vp2 deep", "tp2 deep"), ("pp2 vp2 deep", "one deep")),
+    *(("ep2 moe", "tp2 sp moe"), ("ep2 moe", "one moe")),
+]
 
 
 @pytest.mark.parametrize(("saved", "loaded"), CROSSINGS)
 def test_another_layout_goes_on_from_the_same_weights(two, one, saved, loaded):
-    result = (one if loaded == "one" else two[0])[saved, loaded]
+    result = (one if loaded.startswith("one") else two[0])[saved, loaded]
     assert result["num_optimizer_steps"] == 3
     torch.testing.assert_close(result["weights"], two[0][saved]["saved"], rtol=0, atol=0)
     assert largest_difference(result["next"]["weights"], two[0][saved]["expected"]["weights"]) < 1e-6
@@ -120,6 +133,18 @@ def test_newest_whole_checkpoint_is_agreed_on(two, folder):
         # Saving the damaged step again repairs it.
         assert result["replaced"] == folder / "kept" / "step_10"
         assert result["named"] == "step_10\n"
+
+
+def test_newest_regular_and_best_are_kept(one):
+    assert one["retention"] == [["step_2"], ["step_3", "step_2"], ["step_4", "step_2"], ["step_6", "step_4", "step_2"]]
+
+
+def test_real_checkpoints_verify(one, folder, capfd):
+    run = folder / "retained"
+    assert verify_checkpoints(run, None) == 0
+    flip_byte(run / "checkpoints" / "step_4" / "rng_0.pt")
+    assert verify_checkpoints(run, None) == 1
+    assert "step_4: rng_0.pt has another checksum" in capfd.readouterr().out
 
 
 def test_limit_on_file_sizes(one):

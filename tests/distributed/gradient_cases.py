@@ -23,6 +23,7 @@ from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
 from megatron_riskpo.errors import RunError
 from tests.distributed.layout_cases import TEMPERATURE, ragged_rollouts
+from tests.distributed.ranks import release_groups
 
 SPOILT_RANK = 1
 """The last stage under pp2: the one that has a loss."""
@@ -166,7 +167,10 @@ def run(folder: Path) -> dict[tuple[str, str], Any]:
     results: dict[tuple[str, str], Any] = {("agreement", "dp2"): _finite_everywhere(norm, grid)}
     for kind, layout in CASES:
         results[kind, layout] = skipping(layout, float(kind), folder)
+        release_groups()
     for layout in ("dp2 distributed optimizer", "tp2", "pp2"):
         results["first", layout] = first_is_spoilt(layout, folder)
+        release_groups()
         results["abort", layout] = aborting(layout, folder)
+        release_groups()
     return results

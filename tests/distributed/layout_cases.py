@@ -12,9 +12,10 @@ from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
-from megatron_riskpo.distributed.grid import build_grid
+from megatron_riskpo.distributed.grid import RankGrid, build_grid
 from megatron_riskpo.resharding.export import export_weights
 from megatron_riskpo.rollout.types import Rollouts
+from tests.distributed.ranks import release_groups
 from tests.tiny_models import VOCAB_SIZE, make_tiny
 
 TEMPERATURE = 0.8
@@ -73,13 +74,15 @@ def _gather_gradient_shards(actor: Actor) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def updates(actor_config: ActorConfig, model_dir: Path, loss: PolicyLossConfig) -> dict[str, Any]:
-    """Log-probs before, metrics of three updates, gradients of the first and of the last, and the weights after."""
-    grid = build_grid(actor_config, seed=1)
+def updates(actor_config: ActorConfig, grid: RankGrid, model_dir: Path, loss: PolicyLossConfig) -> dict[str, Any]:
+    """Log-probs before, of three updates the metrics, log-probs and gradients, and the weights after."""
     # A large eps: AdamW's first step is g / (|g| + eps), which near g = 0 would turn rounding into a whole step.
     optimizer = OptimizerConfig(lr=2e-4, clip_grad=1.0, eps=1e-3)
     actor = Actor.from_hf(model_dir, actor_config, optimizer, torch.float32, grid)
     rollouts, advantages, noise = ragged_rollouts()
+    if actor_config.micro_batch_tokens < rollouts.lengths.sum():
+        half = rollouts.select(range(rollouts.num_sequences // actor_config.mini_batches))
+        assert len(actor._plan(half)[0]) > 1
     before = actor.logprobs(rollouts, TEMPERATURE)
     tokens = TokenInputs(old_logprobs=before + noise)
     steps = []
@@ -91,8 +94,8 @@ def updates(actor_config: ActorConfig, model_dir: Path, loss: PolicyLossConfig) 
 
 
 def _layout(**options: Any) -> ActorConfig:
-    """Every case is split into several micro-batches."""
-    return ActorConfig(**{"micro_batch_tokens": 150, "distributed_optimizer": False, **options})
+    """Every rank gets several micro-batches, but for those of the references."""
+    return ActorConfig(**{"micro_batch_tokens": 60, "distributed_optimizer": False, **options})
 
 
 LAYOUTS: dict[int, dict[str, ActorConfig]] = {
@@ -150,9 +153,10 @@ def applies(config: ActorConfig, model: str) -> bool:
 
 def run(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """By (layout, model)."""
-    return {
-        (layout, model): updates(config, folder.parent / model, LOSSES[model])
-        for layout, config in LAYOUTS[dist.get_world_size()].items()
-        for model in MODELS
-        if applies(config, model)
-    }
+    results = {}
+    for layout, config in LAYOUTS[dist.get_world_size()].items():
+        grid = build_grid(config, seed=1)
+        for model in (name for name in MODELS if applies(config, name)):
+            results[layout, model] = updates(config, grid, folder.parent / model, LOSSES[model])
+        release_groups()
+    return results

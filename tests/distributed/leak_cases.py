@@ -12,6 +12,7 @@ from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
 from megatron_riskpo.rollout.types import Rollouts
 from tests.distributed.layout_cases import TEMPERATURE, gradients_in_hf_layout, ragged_rollouts
+from tests.distributed.ranks import release_groups
 from tests.tiny_models import VOCAB_SIZE
 
 CHANGED = 2
@@ -54,4 +55,5 @@ def run(folder: Path) -> dict[str, list[tuple[Tensor, dict[str, Tensor]]]]:
         for batch in (rollouts, changed(rollouts)):
             logprobs, _ = actor.train_step(batch, loss_of_neighbours, TEMPERATURE, 10)
             results[layout].append((logprobs, gradients_in_hf_layout(actor)))
+        release_groups()
     return results

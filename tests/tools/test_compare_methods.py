@@ -15,7 +15,7 @@ from megatron_riskpo.config_io import load_config
 ROOT = Path(__file__).parents[2]
 MODEL = {
     "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 384,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "max_position_embeddings": 512,
 }  # fmt: skip
 SAID = {
     "riskpo": ("estimator", "riskpo"),

@@ -2,6 +2,7 @@
 
 Same checkpoint, prompts, group size, lengths, objective (GRPO), reward and number of cores; each trainer in processes
 of its own, taking turns in one run. Needs TRL: pip install -c requirements/lock.txt -r requirements/benchmark.txt
+The update phase alone, under several layouts, is update.py's.
 Usage: python tools/benchmark/step.py [--cases tiny ragged] [--output step.json]
 """
 
