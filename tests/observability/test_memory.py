@@ -1,11 +1,10 @@
 """PhaseMemory with marks that the test sets, and the process's own on a real allocation."""
 
-import mmap
-
 import pytest
 
 from megatron_riskpo.observability import memory
 from megatron_riskpo.observability.memory import GIB, PhaseMemory, ResidentPeak
+from tests.resident_pages import resident
 
 
 class Meter:
@@ -73,10 +72,8 @@ def test_resident_set_rises_and_falls_with_what_is_held() -> None:
     before = meter.read()
     if before is None:
         pytest.skip("this system does not let a process reset the mark of its resident set")
-    # Not from malloc: it may hand out what earlier tests gave back to it, and keep it again.
-    with mmap.mmap(-1, num_bytes) as held:
-        for start in range(0, num_bytes, mmap.PAGESIZE):
-            held[start] = 1
+    with resident(num_bytes):
+        pass
     risen = meter.read()
     meter.reset()
     again = meter.read()
