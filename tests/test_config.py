@@ -264,14 +264,6 @@ def test_rules_after_a_wrong_name_do_not_fail(toml) -> None:
     assert list(problems(TRAIN_RULES, Setup(config, 1, MODEL))) == ["loss.kind = pppo is unknown: did you mean ppo?"]
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (2, 3, 6), (1, 2, 4), (2, 1, 10)])
-def test_layouts_that_work_pass_every_rule(layout, toml) -> None:
-    tp, pp, world_size = layout
-    config = load_config(TrainConfig, toml(), [*BASE, "--actor.tp", str(tp), "--actor.pp", str(pp)])
-    check_train(config, world_size, MODEL)
-    assert list(problems(TRAIN_RULES, Setup(config, world_size, MODEL))) == []
-
-
 def test_kl_cov_works_from_two_mini_batches_on(toml) -> None:
     options = ["--loss.kind", "kl_cov", "--actor.mini_batches", "2"]
     check_train(load_config(TrainConfig, toml(), [*BASE, *options]), 1, MODEL)

@@ -3,8 +3,9 @@
 import pytest
 
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_checks import check_train
+from megatron_riskpo.config_checks import TRAIN_RULES, check_train, problems
 from megatron_riskpo.config_io import load_config
+from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.errors import UsageError
 from tests.test_config import BASE, MODEL
 
@@ -105,3 +106,11 @@ def test_a_folder_needs_the_size_of_its_vocabulary(toml) -> None:
     config = load_config(TrainConfig, toml(), [*BASE, "--model.path", "models/x"])
     with pytest.raises(UsageError, match="has vocab_size = None"):
         check_train(config, 1, {key: value for key, value in MODEL.items() if key != "vocab_size"})
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (2, 3, 6), (1, 2, 4), (2, 1, 10)])
+def test_layouts_that_work_pass_every_rule(layout, toml) -> None:
+    tp, pp, world_size = layout
+    config = load_config(TrainConfig, toml(), [*BASE, "--actor.tp", str(tp), "--actor.pp", str(pp)])
+    check_train(config, world_size, MODEL)
+    assert list(problems(TRAIN_RULES, Setup(config, world_size, MODEL))) == []

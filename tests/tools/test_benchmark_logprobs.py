@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,15 +10,6 @@ import pytest
 import torch
 
 from tests.resident_pages import resident
-
-FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> Iterator[None]:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,6 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_importable() -> None:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
 
 @pytest.fixture(scope="module")
 def workload() -> ModuleType:
