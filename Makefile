@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for python in python3.11 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$python && break; done)
 
+# Test processes side by side. Each may start up to 4 ranks.
+TEST_WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test lint format clean
 
@@ -28,7 +31,7 @@ quickstart: install  ## Train a small model by RiskPO on this machine's CPU, eva
 	$(BIN)/riskpo train examples/quickstart_cpu.toml
 
 test: install  ## Run all tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install  ## Check style and types.
 	$(BIN)/ruff check .

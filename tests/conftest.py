@@ -19,3 +19,16 @@ def toml(tmp_path: Path):
         return str(path)
 
     return write
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With parallel workers, which take whole files: first the files that take longest, or one of them would be begun
+    last and go on alone."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=_expected_share)
+
+
+def _expected_share(item: pytest.Item) -> int:
+    if item.get_closest_marker("slow"):
+        return 0
+    return 1 if hasattr(item.module, "run_on_ranks") else 2  # type: ignore[attr-defined]
