@@ -35,9 +35,8 @@ def small_disk(folder):
     subprocess.run(["umount", str(path)], check=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training_state")
+def make_models(folder):
+    """Two of each kind, with other weights: the one trained, and the one that a checkpoint is loaded into."""
     # 97 entries: tensor parallelism pads the vocabulary, one rank does not.
     make_tiny_qwen2(folder / "model", tied=True, seed=3, vocab_size=97)
     make_tiny_qwen2(folder / "other_model", tied=True, seed=4, vocab_size=97)
@@ -47,6 +46,11 @@ def folder(tmp_path_factory):
         make_tiny(folder / f"moe_{name}", "qwen3_moe", tied=False, seed=seed, vocab_size=97, hidden_size=64)
     make_tiny_qwen2(folder / "narrow_model", tied=True, seed=3, vocab_size=97, hidden_size=64)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("training_state"))
 
 
 @pytest.fixture(scope="module")
