@@ -1,5 +1,6 @@
 """What one rank does in test_training_state: train, save, resume, fail. Imported by the ranks."""
 
+import dataclasses
 import errno
 import random
 import resource
@@ -22,6 +23,7 @@ from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint import writing
 from megatron_riskpo.checkpoint.manifest import latest_complete, step_folders
 from megatron_riskpo.checkpoint.retention import Retention
+from megatron_riskpo.checkpoint.saver import CheckpointSaver
 from megatron_riskpo.checkpoint.training_state import (
     agree_on_latest,
     load_checkpoint,
@@ -192,23 +194,31 @@ def flip_byte(path: Path) -> None:
 
 
 def real_limits(folder: Path) -> dict[str, Any]:
-    """The system's own refusals: a limit on file sizes, and (where the test could mount one) a full file system."""
+    """The system's own refusals: a limit on file sizes, and (where the test could mount one) a full file system; of
+    saves at once and in the background."""
     actor = make_actor("one", folder.parent / "model", seed=1)
     results = {}
-    limited = folder.parent / "limited"
+    limited, mounted = folder.parent / "limited", folder.parent / "small_disk"
     save_checkpoint(limited, 1, actor, STATE, {}, Retention(keep=2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    results["limited"] = (
-        error_of(lambda: save_checkpoint(limited, 2, actor, STATE, {}, Retention(keep=2))),
-        latest_complete(limited),
-    )
+    results["limited"] = refused_saves(limited, actor)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    mounted = folder.parent / "small_disk"
     if mounted.is_dir():
         save_checkpoint(mounted, 1, actor, STATE, {}, Retention(keep=2))
-        error = error_of(lambda: save_checkpoint(mounted, 2, actor, STATE, {}, Retention(keep=2)))
-        results["mounted"] = error, latest_complete(mounted)
+        results["mounted"] = refused_saves(mounted, actor)
+    return results
+
+
+def refused_saves(checkpoints: Path, actor: Actor) -> list[tuple[Any, ...]]:
+    """The error of each way to save, where it is raised, and what stands afterwards."""
+    results = []
+    for asynchronous in (False, True):
+        saver = CheckpointSaver(checkpoints, Retention(), {}, actor.grid, asynchronous=asynchronous, timeout_s=60)
+        of_save = error_of(lambda saver=saver: saver.save(2, actor, STATE, {}))
+        error = error_of(saver.wait) if asynchronous else of_save
+        names = sorted(path.name for path in checkpoints.iterdir() if path.name != "latest")
+        results.append((error, names, latest_complete(checkpoints)))
     return results
 
 
@@ -223,6 +233,20 @@ def unfit(folder: Path) -> dict[str, Any]:
     actor = make_actor("one", folder.parent / "model", seed=1)
     errors["optimizer"] = error_of(lambda: load_checkpoint(plain, actor))
     return errors
+
+
+def other_hyperparameters(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """What the optimizers go by after the load of a checkpoint that was made under others."""
+    found = {}
+    optimizer = dataclasses.replace(OPTIMIZER, beta1=0.5, beta2=0.75, eps=1e-2, weight_decay=0.25)
+    for layout in ("one", "one bfloat16"):
+        dtype = torch.bfloat16 if "bfloat16" in layout else torch.float32
+        grid = build_grid(LAYOUTS[layout], seed=1)
+        actor = Actor.from_hf(folder.parent / "model", LAYOUTS[layout], optimizer, dtype, grid)
+        load_checkpoint(verified_checkpoint(folder.parent / "saved" / layout / "step_3", grid.world), actor)
+        groups = actor.optimizer.param_groups
+        found[layout] = [(*group["betas"], group["eps"], group["weight_decay"]) for group in groups]
+    return found
 
 
 def alone(case: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -253,5 +277,6 @@ def run_one(folder: Path) -> dict[str, Any]:
         **{crossing: alone(across, *crossing, folder) for crossing in crossings},
         "limits": real_limits(folder),
         "unfit": unfit(folder),
+        "hyperparameters": other_hyperparameters(folder),
         "retention": retention(folder),
     }

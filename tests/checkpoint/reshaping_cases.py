@@ -26,25 +26,22 @@ DENSE: dict[str, Layout] = {
     "tp2 dp2": {"tp": 2},
     "pp2 cp2": {"pp": 2, "cp": 2},
 }
-DENSE_2: dict[str, Layout] = {"tp2": {"tp": 2}, "pp2": {"pp": 2}}
 MOE: dict[str, Layout] = {
     "ep2 dp4": {"ep": 2},
     "pp2 ep2 dp2": {"pp": 2, "ep": 2},
     "tp2 sp ep4 dp2": {"tp": 2, "sequence_parallel": True, "ep": 4},
 }
-MOE_2: dict[str, Layout] = {"ep2": {"ep": 2}}
 LAYOUTS: dict[tuple[str, int], dict[str, Layout]] = {
-    ("dense", 4): DENSE, ("moe", 4): MOE, ("dense", 2): DENSE_2, ("moe", 2): MOE_2,
-    ("dense", 1): {"one": {}}, ("moe", 1): {"one": {}},
+    ("dense", 4): DENSE, ("moe", 4): MOE, ("dense", 1): {"one": {}}, ("moe", 1): {"one": {}},
 }  # fmt: skip
 PAIRS: dict[str, list[tuple[str, str]]] = {
     "dense": [
         *(("tp2 pp2", "dp4"), ("dp4", "pp2 vp2 dp2"), ("pp2 vp2 dp2", "tp2 dp2"), ("tp2 dp2", "pp2 cp2")),
-        *(("pp2 cp2", "tp2 pp2"), ("tp2 pp2", "pp2"), ("dp4", "tp2"), ("pp2 vp2 dp2", "one")),
+        *(("pp2 cp2", "tp2 pp2"), ("tp2 pp2", "one"), ("pp2 vp2 dp2", "one")),
     ],
     "moe": [
         *(("ep2 dp4", "pp2 ep2 dp2"), ("pp2 ep2 dp2", "tp2 sp ep4 dp2"), ("tp2 sp ep4 dp2", "ep2 dp4")),
-        *(("pp2 ep2 dp2", "ep2"), ("tp2 sp ep4 dp2", "one")),
+        *(("pp2 ep2 dp2", "one"), ("tp2 sp ep4 dp2", "one")),
     ],
 }
 """Saved under, loaded under."""

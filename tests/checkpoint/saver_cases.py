@@ -2,8 +2,9 @@
 ranks."""
 
 import errno
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.checkpoint import saver as saver_module
-from megatron_riskpo.checkpoint import writing
+from megatron_riskpo.checkpoint import training_state, writing
 from megatron_riskpo.checkpoint.manifest import latest_complete, step_folders
 from megatron_riskpo.checkpoint.retention import Retention
 from megatron_riskpo.checkpoint.saver import CheckpointSaver
 from megatron_riskpo.checkpoint.training_state import load_checkpoint, verified_checkpoint
-from tests.checkpoint.cases import STATE, alone, error_of, make_actor, train
+from tests.checkpoint.cases import STATE, alone, error_of, flip_byte, make_actor, train
 
+WAYS = ("synchronous", "asynchronous")
 CONFIG = {"run": {"seed": 1}}
 
 
@@ -117,10 +119,49 @@ def hung_write(checkpoints: Path, actor: Actor, is_second: bool) -> tuple[str, s
     return error
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "truncated shard": ("megatron/__0_0.distcp", cut),
+    "flipped byte": ("megatron/__1_0.distcp", flip_byte),
+    "missing shard": ("megatron/__1_0.distcp", Path.unlink),
+    "truncated index": ("megatron/.metadata", cut),
+    "missing common file": ("megatron/common.pt", Path.unlink),
+    "missing rank file": ("rng_1.pt", Path.unlink),
+    "missing manifest": ("manifest.json", Path.unlink),
+    "truncated manifest": ("manifest.json", cut),
+}
+"""What is done to which file of the newest checkpoint."""
+
+
+def corruptions(folder: Path, *, asynchronous: bool) -> dict[str, Any]:
+    """Of each damage: what two ranks agree on, what is said, and the state that is loaded then."""
+    actor = make_actor("tp2", folder.parent / "model", seed=1)
+    place, results = folder.parent / f"corrupted_{asynchronous}", {}
+    saver = make_saver(place / "original", actor, asynchronous=asynchronous)
+    for step in (1, 2):
+        saver.save(step, actor, STATE | {"step": step}, {})
+    saver.wait()
+    for name, (file, harm) in DAMAGES.items():
+        copy = place / name
+        if dist.get_rank() == 0:
+            shutil.copytree(place / "original", copy)
+            harm(copy / "step_2" / file)
+        dist.barrier()
+        with mock.patch.object(training_state, "log_damage") as said:
+            agreed = training_state.agree_on_latest(copy, actor.grid.world)
+        state = load_checkpoint(agreed, actor)
+        results[name] = agreed.path, [call.args for call in said.call_args_list], state["step"]
+    return results
+
+
 def run(folder: Path) -> dict[str, Any]:
     layouts = ("dp2", "tp2 plain optimizer", "ep2 moe")
     return {
         **{layout: alone(while_training, layout, folder) for layout in layouts},
         "second": second_save(folder),
+        "corrupted": {way: corruptions(folder, asynchronous=way == "asynchronous") for way in WAYS},
         "failures": failures(folder),
     }

@@ -12,7 +12,7 @@ import pytest
 from megatron_riskpo.checkpoint.manifest import list_files
 from megatron_riskpo.config_io import config_hash
 from tests.checkpoint.cases import STATE
-from tests.checkpoint.saver_cases import CONFIG, run
+from tests.checkpoint.saver_cases import CONFIG, DAMAGES, WAYS, run
 from tests.checkpoint.test_training_state import assert_bit_equal, make_models
 from tests.distributed.ranks import run_on_ranks
 
@@ -78,3 +78,19 @@ def test_failures_reach_every_rank_and_harm_nothing(ranks, folder, kind, reason)
     assert message.count("\n") == 0
     assert "earlier checkpoints are intact" in message
     assert re.search(reason, message)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("way", WAYS)
+def test_damage_is_named_and_the_checkpoint_before_is_used(ranks, folder, way, damage):
+    copy = folder / f"corrupted_{way == 'asynchronous'}" / damage
+    said = [rank["corrupted"][way][damage][1] for rank in ranks]
+    for rank in ranks:
+        path, _, step = rank["corrupted"][way][damage]
+        assert path == copy / "step_1"
+        assert step == 1
+    # Rank 0 speaks, once.
+    ((path, reason),) = said[0]
+    assert path == copy / "step_2"
+    assert DAMAGES[damage][0] in reason
+    assert said[1] == []

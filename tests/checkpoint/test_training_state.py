@@ -151,20 +151,24 @@ def test_real_checkpoints_verify(one, folder, capfd):
     assert "step_4: rng_0.pt has another checksum" in capfd.readouterr().out
 
 
+def assert_refused(results, reason):
+    assert len(results) == 2
+    for (kind, message), names, latest in results:
+        assert kind == "RunError"
+        assert reason in message
+        assert "earlier checkpoints are intact" in message
+        assert names == ["step_1"]
+        assert latest.name == "step_1"
+
+
 def test_limit_on_file_sizes(one):
-    (kind, message), latest = one["limits"]["limited"]
-    assert kind == "RunError"
-    assert "File too large" in message
-    assert latest.name == "step_1"
+    assert_refused(one["limits"]["limited"], "File too large")
 
 
 def test_full_file_system(one, small_disk):
     if small_disk is None:
         pytest.skip("may not mount a small file system here")
-    (kind, message), latest = one["limits"]["mounted"]
-    assert kind == "RunError"
-    assert "No space left on device" in message
-    assert latest.name == "step_1"
+    assert_refused(one["limits"]["mounted"], "No space left on device")
 
 
 def test_checkpoint_of_something_else_is_refused(one):
@@ -174,6 +178,11 @@ def test_checkpoint_of_something_else_is_refused(one):
     kind, message = one["unfit"]["optimizer"]
     assert kind == "UsageError"
     assert "distributed_optimizer is False there, True here" in message
+
+
+def test_hyperparameters_are_those_of_the_present_configuration(one):
+    for groups in one["hyperparameters"].values():
+        assert set(groups) == {(0.5, 0.75, 1e-2, 0.25)}
 
 
 def test_manifest_says_what_is_inside(two, folder):

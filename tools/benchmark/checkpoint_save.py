@@ -33,7 +33,7 @@ LAYOUTS = {"DP2": 1, "TP2": 2}
 """Tensor-parallel size; a distributed optimizer shards its state over data-parallel ranks."""
 WAYS = ("synchronous", "asynchronous")
 WORKLOAD = Workload(
-    num_layers=6, hidden_size=640, num_heads=10, num_kv_heads=5, intermediate_size=1728, num_sequences=8
+    num_layers=6, hidden_size=640, num_heads=10, num_kv_heads=2, intermediate_size=1728, num_sequences=8
 )
 
 Turns = list[dict[str, float]]
@@ -76,13 +76,13 @@ def table(report: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def measure(workload: Workload, turns: int, folder: Path) -> dict[str, Any]:
+def measure(workload: Workload, layouts: Sequence[str], turns: int, folder: Path) -> dict[str, Any]:
     """By layout, what rank 0 reports: times are the same on all ranks but for barriers."""
     write_model(workload, folder / "model")
     task = {"workload": asdict(workload), "model": str(folder / "model"), "turns": turns}
     return {
-        layout: on_ranks(2, task | {"tp": tp, "folder": str(folder / layout)}, folder, RANK_SCRIPT)[0]
-        for layout, tp in LAYOUTS.items()
+        layout: on_ranks(2, task | {"tp": LAYOUTS[layout], "folder": str(folder / layout)}, folder, RANK_SCRIPT)[0]
+        for layout in layouts
     }
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     workload = chosen_workload(arguments, WORKLOAD)
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-        report = measure(workload, arguments.turns, Path(temporary))
+        report = measure(workload, arguments.layouts, arguments.turns, Path(temporary))
     environment = {
         "torch": torch.__version__, "cores": os.cpu_count(), "load_average": [load_before, os.getloadavg()[0]],
     }  # fmt: skip
