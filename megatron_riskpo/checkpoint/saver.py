@@ -115,13 +115,13 @@ class _BackgroundWrite:
         # Whatever it is, it has to reach the training loop: nobody else sees this thread end.
         except BaseException as error:
             is_late = time.monotonic() >= self._deadline
-            line = " ".join(str(error).split())
-            self._complaint = (
-                self._too_slow()
-                if is_late
-                else f"{self._what} could not be written: {type(error).__name__}: {line}; earlier checkpoints are "
-                "intact; checkpoint.asynchronous = false with --debug shows where"
-            )
+            self._complaint = self._too_slow() if is_late else self._unforeseen(error)
+
+    def _unforeseen(self, error: BaseException) -> str:
+        return (
+            f"{self._what} could not be written: {type(error).__name__}: {' '.join(str(error).split())}; earlier "
+            "checkpoints are intact; checkpoint.asynchronous = false with --debug shows where"
+        )
 
     def _too_slow(self) -> str:
         return (

@@ -152,7 +152,7 @@ def _moment(rng: random.Random, number: int) -> tuple[int, float]:
     """Which such phase of the process, and how many seconds into it."""
     phase = list(PHASES)[number % len(PHASES)]
     if PHASES[phase] == "writing" or phase == "checkpoint":
-        return 1, rng.uniform(0, 2 * DWELL_S)
+        return 1, rng.uniform(0, DWELL_S)
     # The third has a checkpoint of this process before it.
     return rng.randint(1, 3), rng.uniform(0, 0.1)
 

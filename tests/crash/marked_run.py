@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-DWELL_S = 0.05
+DWELL_S = 0.1
 WRITER_PHASES = {
     "_write_files": "files",
     "write_manifest": "manifest",

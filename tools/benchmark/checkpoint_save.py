@@ -88,6 +88,7 @@ def measure(workload: Workload, layouts: Sequence[str], turns: int, folder: Path
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument(
         "--turns", type=int, default=5, help="measured saves of each way, after one that does not count"
     )
