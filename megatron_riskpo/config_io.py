@@ -6,6 +6,7 @@ Every mistake of the user ends in one UsageError line that names the file or fla
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -64,6 +65,11 @@ def load_model_config(path: str | Path, name: str = "model.path") -> dict[str, A
 def resolved(config: Any) -> dict[str, Any]:
     """The configuration as JSON-able nested dicts (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """16 hex digits of a resolved configuration, by which two can be told apart."""
+    return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def write_run_record(config: Any, run_dir: str | Path) -> Path:
