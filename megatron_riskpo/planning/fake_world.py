@@ -65,10 +65,13 @@ class MemorylessMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors):
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
+        # A list of equal counts, such as the tokens of each expert.
+        counts = func is torch.ops.aten.full.default and kwargs.get("dtype") is torch.long
+        if counts or (tensors and not any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors)):
+            return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @contextlib.contextmanager
