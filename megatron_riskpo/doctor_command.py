@@ -9,7 +9,9 @@ from typing import Any
 
 def add_doctor(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
-    text = "Examine this machine: packages, GPUs, memory, limits, disk. Each line says ok, warn or fail, and the remedy."
+    text = (
+        "Examine this machine: packages, GPUs, memory, limits, disk. Each line says ok, warn or fail, and the remedy."
+    )
     doctor = commands.add_parser("doctor", help=text, description=f"{text} Exit code 1 if a line fails.")
     doctor.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs will be written; runs without")
     doctor.add_argument("--json", action="store_true", help="print JSON")

@@ -62,7 +62,9 @@ def gpu_lines(gpus: Sequence[GpuState], built_for: str | None, driver: bool) -> 
         found = f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
         if gpu.capability < OLDEST_ARCHITECTURE:
             remedy = 'use an A100 or newer, or model.dtype = "float32"'
-            lines.append(Line(name, "fail", f"{found}, compute capability {gpu.capability[0]}.{gpu.capability[1]}", remedy))
+            lines.append(
+                Line(name, "fail", f"{found}, compute capability {gpu.capability[0]}.{gpu.capability[1]}", remedy)
+            )
         elif gpu.free < FREE_SHARE * gpu.total:
             lines.append(Line(name, "warn", found, "end the processes that nvidia-smi shows on it"))
         else:
@@ -72,7 +74,12 @@ def gpu_lines(gpus: Sequence[GpuState], built_for: str | None, driver: bool) -> 
 
 def _no_gpu(built_for: str | None, driver: bool) -> Line:
     if driver and built_for is None:
-        return Line("GPUs", "fail", "a driver is there, but torch is built for CPUs alone", "pip install torch from the CUDA index")
+        return Line(
+            "GPUs",
+            "fail",
+            "a driver is there, but torch is built for CPUs alone",
+            "pip install torch from the CUDA index",
+        )
     if driver:
         remedy = "compare the driver's CUDA version in nvidia-smi, and CUDA_VISIBLE_DEVICES"
         return Line("GPUs", "fail", f"a driver is there, but torch for CUDA {built_for} sees no GPU", remedy)
@@ -85,7 +92,9 @@ def nccl_line(version: tuple[int, ...] | None) -> Line:
         return Line("NCCL", "ok", "not there, and of no use without a GPU")
     found = ".".join(str(part) for part in version)
     if version < (2, 18):
-        return Line("NCCL", "warn", f"{found}, older than 2.18", "install the NCCL that torch asks for (nvidia-nccl-cu*)")
+        return Line(
+            "NCCL", "warn", f"{found}, older than 2.18", "install the NCCL that torch asks for (nvidia-nccl-cu*)"
+        )
     return Line("NCCL", "ok", found)
 
 
@@ -147,7 +156,9 @@ def _limit(what: str, flag: str, found: int, needed: int) -> Line:
     if found == resource.RLIM_INFINITY or (needed != resource.RLIM_INFINITY and found >= needed):
         return Line(name, "ok", "unlimited" if found == resource.RLIM_INFINITY else str(found))
     words = "unlimited" if needed == resource.RLIM_INFINITY else str(needed)
-    return Line(name, "warn", f"{found}, advised is {words}", f"ulimit {flag} {words} before the run, or in the job's limits")
+    return Line(
+        name, "warn", f"{found}, advised is {words}", f"ulimit {flag} {words} before the run, or in the job's limits"
+    )
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ def transformer_engine(package: Package, on_gpu: bool) -> Line:
         return Line(name, "warn", "not installed: plain torch layers are used, which are slower", remedy)
     if package.error:
         # Megatron-Core imports it wherever it finds it.
-        return Line(name, "fail", _broken(package), f"pip uninstall transformer-engine, or {remedy} for this torch and CUDA")
+        return Line(
+            name, "fail", _broken(package), f"pip uninstall transformer-engine, or {remedy} for this torch and CUDA"
+        )
     return Line(name, "ok", package.version)
 
 

@@ -5,6 +5,7 @@ actor; only storage and messages are missing.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -76,8 +77,12 @@ class MemorylessMode(FakeTensorMode):
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Tensors made in the body have no memory; nothing is compiled."""
+    """Tensors made in the body have no memory; nothing is compiled, and weights get no first values."""
+    from megatron_riskpo.actor import model_config
+
+    blank = functools.partial(model_config.TransformerConfig, perform_initialization=False)
     with (
+        mock.patch.object(model_config, "TransformerConfig", blank),
         mock.patch.object(nn.Module, "_apply", _convert_in_place),
         torch.compiler.set_stance("force_eager"),
         MemorylessMode(),
@@ -89,7 +94,7 @@ def _convert_in_place(module: nn.Module, convert: Any, recurse: bool = True) -> 
     """nn.Module._apply for fake parameters, which torch's own wants to swap and cannot: Megatron keeps weak references
     to them."""
     for part in module.modules() if recurse else (module,):
-        for parameter in filter(None.__ne__, part._parameters.values()):
+        for parameter in [parameter for parameter in part._parameters.values() if parameter is not None]:
             with torch.no_grad():
                 converted = convert(parameter)
             if converted is not parameter:

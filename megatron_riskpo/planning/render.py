@@ -15,7 +15,16 @@ def plan_text(plan: Plan) -> str:
     lines = [headline(plan), "", *_memory_table(plan), "", *_time_table(plan), ""]
     if plan.complaints:
         return "\n".join([*lines, *(f"does not fit: {complaint}" for complaint in plan.complaints)])
-    return "\n".join([*lines, f"fits: at most {plan.peak / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB"])
+    return "\n".join([*lines, f"fits: {summary(plan)}"])
+
+
+def summary(plan: Plan) -> str:
+    """Memory and time in one line, as recipes state them."""
+    phases = ", ".join(f"{name} {plan.time.phases[name].seconds:.0f}" for name in ("rollout", "logprobs", "update"))
+    return (
+        f"at most {plan.peak / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB a GPU, {plan.time.seconds:.0f} s a step "
+        f"({phases})"
+    )
 
 
 def headline(plan: Plan) -> str:
@@ -52,7 +61,9 @@ def _time_table(plan: Plan) -> list[str]:
     rows = [["phase", "s a step", "most of it"]]
     rows += [[name, f"{phase.seconds:.1f}", phase.bound] for name, phase in plan.time.phases.items()]
     rows.append(["step", f"{plan.time.seconds:.1f}", ""])
-    speed = f"{plan.time.tokens_per_second:.0f} response tokens/s a GPU, update at {100 * plan.time.mfu:.0f} % of the peak"
+    speed = (
+        f"{plan.time.tokens_per_second:.0f} response tokens/s a GPU, update at {100 * plan.time.mfu:.0f} % of the peak"
+    )
     return [*_aligned(rows), speed]
 
 
@@ -90,7 +101,9 @@ def dry_run_text(rank: RankMemory, world_size: int) -> str:
         ["activations, update", f"{activations.update:,}", f"in flight: {sum(activations.in_flight.values())}"],
         ["activations, log-probs", f"{activations.logprobs:,}", ""],
     ]
-    return "\n".join([f"rank {rank.rank} of {world_size}, pipeline stage {rank.stage}", *_aligned([["", "bytes", ""], *rows])])
+    return "\n".join(
+        [f"rank {rank.rank} of {world_size}, pipeline stage {rank.stage}", *_aligned([["", "bytes", ""], *rows])]
+    )
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron_riskpo.planning.memory import RankMemory, engine_bytes, phases
 from megatron_riskpo.planning.model_size import BYTES, layer_parameters, outer_parameters
 from megatron_riskpo.planning.pipeline import layers_of_chunk, most_in_flight
 from megatron_riskpo.planning.plan import Plan, make_plan
-from megatron_riskpo.planning.state_bytes import StateBytes
+from megatron_riskpo.planning.state_bytes import StateBytes, stage_ranks
 from megatron_riskpo.planning.step_time import plan_time
 from megatron_riskpo.planning.workload import Workload, workload
 
@@ -50,7 +50,9 @@ def search(
         key = _split(candidate)
         if key in found or len(found) == top:
             continue
-        plan = make_plan(candidate, hf_config, world_size, gpu, mean_response)
+        # The first stage has most in flight, the last the output layer; none between needs more.
+        ranks = stage_ranks(candidate.actor, world_size)
+        plan = make_plan(candidate, hf_config, world_size, gpu, mean_response, sorted({ranks[0], ranks[-1]}))
         if not plan.complaints:
             found[key] = plan
     return sorted(found.values(), key=lambda plan: plan.time.seconds)

