@@ -1,7 +1,7 @@
 """What TransformerEngine's kernels keep for the backward pass, where torch's operations on a CPU keep more.
 
-For tensors without memory: nothing is computed. Context-parallel attention passes keys and values around in a ring there,
-so a rank keeps its own.
+For tensors without memory: nothing is computed. Context-parallel attention passes keys and values around in a ring
+there, so a rank keeps its own.
 """
 
 import contextlib

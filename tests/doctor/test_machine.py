@@ -19,7 +19,8 @@ def test_gpus() -> None:
     ok, busy, old = machine.gpu_lines([H100, BUSY, V100], "13.0", driver=True)
     assert str(ok) == "ok    GPU 0: NVIDIA H100 80GB HBM3, 78.0 of 79.0 GiB free"
     assert (busy.state, busy.found) == ("warn", "NVIDIA H100 80GB HBM3, 30.0 of 79.0 GiB free")
-    assert old.state == "fail" and "compute capability 7.0" in old.found
+    assert old.state == "fail"
+    assert "compute capability 7.0" in old.found
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,9 @@ def test_bubblewrap() -> None:
     assert machine.bubblewrap_line("/usr/bin/bwrap", "").state == "ok"
     assert "apt-get install bubblewrap" in str(machine.bubblewrap_line(None, ""))
     line = machine.bubblewrap_line("/usr/bin/bwrap", "setting up uid map: Permission denied")
-    assert line.state == "warn" and "Permission denied" in line.found and "user namespaces" in line.remedy
+    assert line.state == "warn"
+    assert "Permission denied" in line.found
+    assert "user namespaces" in line.remedy
 
 
 def test_a_sandbox_that_cannot_be_made_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +67,8 @@ def test_host_memory_and_limits() -> None:
     assert str(few) == (
         "warn  ulimit -n (open files): 1024, advised is 4096; ulimit -n 4096 before the run, or in the job's limits"
     )
-    assert locked.state == "warn" and "ulimit -l unlimited" in locked.remedy
+    assert locked.state == "warn"
+    assert "ulimit -l unlimited" in locked.remedy
     assert [line.state for line in machine.limit_lines(resource.RLIM_INFINITY, 0, on_gpu=False)] == ["ok"]
 
 
@@ -72,15 +76,19 @@ def test_disk() -> None:
     path = Path("runs")
     assert machine.disk_line(Disk(path, 900 * GIB, 1e9)).state == "ok"
     slow, full = machine.disk_line(Disk(path, 900 * GIB, 5e7)), machine.disk_line(Disk(path, 3 * GIB, 1e9))
-    assert slow.state == "warn" and "writes 50 MB/s; 200 are advised" in slow.found
-    assert full.state == "warn" and "3 GiB free" in full.found
+    assert slow.state == "warn"
+    assert "writes 50 MB/s; 200 are advised" in slow.found
+    assert full.state == "warn"
+    assert "3 GiB free" in full.found
     assert machine.disk_line(Disk(path, 0, 0.0, "Read-only file system")).state == "fail"
 
 
 def test_the_disk_is_written_and_left_clean(tmp_path: Path) -> None:
     measured = machine.measure_disk(tmp_path / "not" / "there", size=2**20)
     assert measured.path == tmp_path
-    assert measured.write_rate > 0 and measured.free > 0 and not measured.error
+    assert measured.write_rate > 0
+    assert measured.free > 0
+    assert not measured.error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,5 +106,6 @@ def test_this_machine_is_fit(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_riskpo.cli", "doctor", "--run-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ok    torch: 2.13." in done.stdout and "ok    megatron-core: 0.16.1" in done.stdout
+    assert "ok    torch: 2.13." in done.stdout
+    assert "ok    megatron-core: 0.16.1" in done.stdout
     assert done.stdout.count("ok    ") + done.stdout.count("warn  ") == len(done.stdout.splitlines())

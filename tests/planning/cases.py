@@ -61,16 +61,20 @@ def run(folder: Path) -> dict[str, dict[str, float]]:
     for name, (model, dtype, layout) in CASES[dist.get_world_size()].items():
         grid = build_grid(layout, seed=1)
         actor = Actor(load_model_config(folder.parent / model), layout, OptimizerConfig(), getattr(torch, dtype), grid)
-        rollouts = _rollouts(grid.dp.size())
-        advantages, loss = torch.ones(rollouts.num_sequences, dtype=torch.float64), PolicyLossConfig()
-        peak = _peak_of_passes(actor, lambda: actor.update(
-            rollouts, advantages, TokenInputs(), loss, 1.0, RESPONSE, num_optimizer_steps_total=1
-        ))  # fmt: skip
-        results[name] = {**_allocated(actor), "peak": peak}
+        results[name] = _updated(actor, grid.dp.size())
         del actor
         gc.collect()
         release_groups()
     return results
+
+
+def _updated(actor: Actor, data_parallel: int) -> dict[str, float]:
+    """What the actor takes, after one update."""
+    rollouts = _rollouts(data_parallel)
+    advantages = torch.ones(rollouts.num_sequences, dtype=torch.float64)
+    marks = _measure_passes(actor)
+    actor.update(rollouts, advantages, TokenInputs(), PolicyLossConfig(), 1.0, RESPONSE, num_optimizer_steps_total=1)
+    return {**_allocated(actor), "peak": max(marks)}
 
 
 def _rollouts(data_parallel: int) -> Rollouts:
@@ -86,8 +90,7 @@ def _rollouts(data_parallel: int) -> Rollouts:
 
 
 def _allocated(actor: Actor) -> dict[str, float]:
-    """Bytes by owner, after an optimizer step that allocated its own state; `unknown` is what tensors with a gradient
-    buffer's or a parameter's dtype take and no owner claims."""
+    """Bytes by owner, after an optimizer step that allocated its own state."""
     parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
     inner = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
     states = [t for o in inner for state in o.optimizer.state.values() for t in state.values()]
@@ -111,8 +114,9 @@ def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def _peak_of_passes(actor: Actor, update: Any) -> float:
-    """Bytes that torch's allocator handed out at most, above what it had, while the actor's passes ran."""
+def _measure_passes(actor: Actor) -> list[float]:
+    """Will hold, of each time that the actor runs its passes, the bytes that torch's allocator handed out at most above
+    what it had."""
     marks: list[float] = []
     inner = actor._run
 
@@ -123,8 +127,7 @@ def _peak_of_passes(actor: Actor, update: Any) -> float:
         return results
 
     actor._run = measured  # type: ignore[method-assign]
-    update()
-    return max(marks)
+    return marks
 
 
 def _highest(profiler: profile) -> float:

@@ -1,7 +1,7 @@
 """Predicted bytes against those that real runs allocate: the state to the byte, activations within 10 %.
 
-The prediction builds a rank without memory and without its peers. The second way are real ranks over gloo, real updates,
-and torch's profiler, which counts what the allocator hands out.
+The prediction builds a rank without memory and without its peers. The second way are real ranks over gloo, real
+updates, and torch's profiler, which counts what the allocator hands out.
 """
 
 import pytest
@@ -39,7 +39,9 @@ def test_state_to_the_byte(num_ranks: int, name: str, measured) -> None:
         found = measured[num_ranks, rank, name]
         assert (state.parameters, state.gradients) == (found["parameters"], found["gradients"])
         assert (state.main_weights, state.moments) == (found["main_weights"], found["moments"])
-        assert state.parameters and state.gradients and state.moments
+        assert state.parameters
+        assert state.gradients
+        assert state.moments
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), EVERY)

@@ -68,10 +68,10 @@ def test_every_phase_is_there_and_adds_up(toml) -> None:
 def test_what_does_not_fit_is_said_with_numbers_and_a_remedy(toml) -> None:
     plan = plan_of(toml, 1, "--rollout.gpu_memory_utilization", "0.95", "--actor.micro_batch_tokens", "65536")
     (complaint,) = plan.complaints
-    assert complaint.startswith("phase update needs ") and "an H100 has 79.1; " in complaint
-    assert (
-        'set actor.recompute to "full"' in complaint and "lower rollout.gpu_memory_utilization below 0.95" in complaint
-    )
+    assert complaint.startswith("phase update needs ")
+    assert "an H100 has 79.1; " in complaint
+    assert 'set actor.recompute to "full"' in complaint
+    assert "lower rollout.gpu_memory_utilization below 0.95" in complaint
     small = dataclasses.replace(plan.config.rollout, gpu_memory_utilization=0.02)
     config = dataclasses.replace(plan.config, rollout=small)
     starved = [dataclasses.replace(plan.memory[0], engine=engine_bytes(config, MODEL, H100), phases={"load": {}})]
@@ -83,7 +83,8 @@ def test_micro_batches_are_filled(toml) -> None:
     assert lengths.num_tokens == 5000
     # One longer than the budget goes alone.
     alone = fullest_micro_batch(config_of(toml, "--actor.micro_batch_tokens", "100"))
-    assert alone.num_tokens == 2048 + 256 and len(alone.prompts) == 1
+    assert alone.num_tokens == 2048 + 256
+    assert len(alone.prompts) == 1
     work = workload(config_of(toml, "--actor.vp", "2", "--actor.pp", "4"), data_parallel=1)
     assert work.micro_batches % 4 == 0
 
@@ -115,7 +116,8 @@ def test_the_search_breaks_no_rule_and_its_plans_fit(toml) -> None:
     assert len(every) > 20
     assert all(not list(problems(PLAN_RULES, Setup(candidate, 4, MODEL))) for candidate in every)
     plans = search(config, MODEL, 4, H100, top=2)
-    assert len(plans) == 2 and all(not plan.complaints for plan in plans)
+    assert len(plans) == 2
+    assert all(not plan.complaints for plan in plans)
     assert plans[0].time.seconds <= plans[1].time.seconds
     # Nothing that was left out is both faster and fits: the plain layout is as fast as any on so small a model.
     assert plans[0].config.actor.tp * plans[0].config.actor.pp * plans[0].config.actor.cp == 1
@@ -165,8 +167,10 @@ WRONG = {
 def test_plan_refuses_in_the_words_of_train(rule: str, tmp_path: Path, toml, capsys: pytest.CaptureFixture) -> None:
     overrides, world_size, change = WRONG[rule]
     (tmp_path / "config.json").write_text(json.dumps(MODEL | change))
-    path, common = toml(), ("--model.path", str(tmp_path), "--run.ranks", str(world_size), "--rollout.engine", "megatron",
-                            "--data.prompts_per_step", "40")  # fmt: skip
+    path = toml()
+    common = ("--model.path", str(tmp_path), "--run.ranks", str(world_size), "--data.prompts_per_step", "40")
+    # Before the overrides, some of which ask for vLLM.
+    common += ("--rollout.engine", "megatron")
     said = {}
     for command in (["train", path], ["plan", path]):
         assert main([*command, *common, *overrides]) == 2
@@ -188,7 +192,9 @@ def test_the_command(tmp_path: Path, toml) -> None:
     done = subprocess.run([*command, *own, "--gpus", "2", "--json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["gpus"] == 2 and not plan["fits"] and plan["peak_bytes"] > 79 * GIB
+    assert plan["gpus"] == 2
+    assert not plan["fits"]
+    assert plan["peak_bytes"] > 79 * GIB
     assert plan["ranks"][0]["state"]["num_parameters"] > 10**8
 
 

@@ -33,8 +33,10 @@ def test_a_recipe_breaks_no_rule(path: Path) -> None:
     check_plan(config, num_gpus, hf_config)
     text = path.read_text()
     nodes = num_gpus // 8
-    assert f"#   sbatch --nodes {nodes} --ntasks-per-node 8" in text and f'riskpo train examples/{path.name}"' in text
-    assert "tools/prepare_data.py" in text and "Expected result" in text
+    assert f"#   sbatch --nodes {nodes} --ntasks-per-node 8" in text
+    assert f'riskpo train examples/{path.name}"' in text
+    assert "tools/prepare_data.py" in text
+    assert "Expected result" in text
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
     python tools/benchmark/planner_truth.py [--only WORD] [--json]
 
 They let the rollout engine sleep while they train, so only what the actor takes is compared: state, activations of the
-fullest micro-batch, and the context of CUDA and NCCL. Facts are their sources' own; the layout is put into this project's
-options as close as they go.
+fullest micro-batch, and the context of CUDA and NCCL. Facts are their sources' own; the layout is put into this
+project's options as close as they go.
 """
 
 import argparse
