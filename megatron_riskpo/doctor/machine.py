@@ -104,7 +104,9 @@ def nccl_version() -> tuple[int, ...] | None:
 
     if not torch.cuda.is_available():
         return None
-    version: Any = torch.cuda.nccl.version()
+    from torch.cuda import nccl
+
+    version: Any = nccl.version()
     return tuple(version)
 
 

@@ -132,7 +132,8 @@ def _measure_passes(actor: Actor) -> list[float]:
 
 def _highest(profiler: profile) -> float:
     """The running sum of allocations and frees at its highest. The profiler reports each with its size."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # torch's type stubs do not know all of an event.
+    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         total += event.nbytes()

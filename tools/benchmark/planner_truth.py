@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_riskpo.algorithms import AlgorithmConfig
+from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.config import ActorConfig, DataConfig, ModelConfig, RolloutConfig, TrainConfig
 from megatron_riskpo.config_io import read_model_config
 from megatron_riskpo.planning.gpus import GIB, GPUS, Gpu
@@ -52,10 +53,10 @@ class Published:
 
 NEMO = "NeMo RL 0.4, docs/about/performance-summary.md and examples/configs/recipes/llm/performance"
 RUNS = (
-    Published(NEMO, "Llama-3.1-8B-Instruct", 16, GPUS["h100"], {"pp": 2}, 4096, "runs", 97.7, (64, 32, 1060, 4096)),
-    Published(NEMO, "Qwen3-32B", 32, GPUS["h100"], {"tp": 4, "pp": 4}, 4096, "runs", 393, (64, 32, 3206, 4096), 4),
+    Published(NEMO, "Llama-3.1-8B-Instruct", 16, GPUS["h100"], {"pp": 2, "mini_batches": 4}, 4096, "runs", 97.7, (64, 32, 1060, 4096)),
+    Published(NEMO, "Qwen3-32B", 32, GPUS["h100"], {"tp": 4, "pp": 4, "mini_batches": 4}, 4096, "runs", 393, (64, 32, 3206, 4096), 4),
     Published(
-        NEMO, "Qwen3-30B-A3B", 32, GPUS["h100"], {"tp": 2, "ep": 8}, 4096, "runs", 225, (64, 32, 3154, 4096), 4
+        NEMO, "Qwen3-30B-A3B", 32, GPUS["h100"], {"tp": 2, "ep": 8, "mini_batches": 4}, 4096, "runs", 225, (64, 32, 3154, 4096), 4
     ),
     Published(
         NEMO, "Qwen3-235B-A22B", 128, GPUS["h100"],
@@ -118,7 +119,9 @@ def plan_of(run: Published) -> Plan:
             group_size=group, max_response_tokens=longest - 512, tp=run.rollout_tp, gpu_memory_utilization=0.6
         ),
         algorithm=AlgorithmConfig(bundle_size=4),
-        actor=dataclasses.replace(actor, micro_batch_tokens=max(run.tokens, 1)),
+        # NeMo RL's GRPO scores the old and the reference policy.
+        loss=PolicyLossConfig(kl_coefficient=0.01 if run.seconds else 0.0),
+        actor=actor,
     )
     ranks = stage_ranks(config.actor, run.gpus)
     hf_config = read_model_config(MODELS / run.model / "config.json")
@@ -148,6 +151,7 @@ def verdict(run: Published) -> dict[str, Any]:
 
 def _words(actor: dict[str, Any]) -> str:
     names = {"first_stage_layers": "first", "last_stage_layers": "last", "offload_optimizer": "offload"}
+    actor = {name: value for name, value in actor.items() if name != "mini_batches"}
     shown = [
         names.get(name, name) if value is True else f"{names.get(name, name)} {value}" for name, value in actor.items()
     ]
@@ -172,9 +176,9 @@ def main() -> int:
     import warnings
 
     warnings.simplefilter("ignore")
-    found = [verdict(run) for run in RUNS if args.only.lower() in f"{run.source} {run.model}".lower()]
+    chosen = [run for run in RUNS if args.only.lower() in f"{run.source} {run.model}".lower()]
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps([verdict(run) for run in chosen], indent=1))
         return 0
     head = [
         "model",
@@ -187,10 +191,12 @@ def main() -> int:
         "note",
     ]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for item in found:
-        print(row(item))
-    agree = sum(item["published"] == item["planner"] for item in found)
-    print(f"\n{agree} of {len(found)} as published", file=sys.stderr)
+    agree = 0
+    for run in chosen:
+        found = verdict(run)
+        print(row(found), flush=True)
+        agree += found["published"] == found["planner"]
+    print(f"\n{agree} of {len(chosen)} as published", file=sys.stderr)
     return 0
 
 
