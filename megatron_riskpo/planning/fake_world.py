@@ -37,6 +37,9 @@ def fake_rank(rank: int, world_size: int, actor: ActorConfig) -> Iterator[RankGr
         try:
             yield build_grid(actor, seed=0)
         finally:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
 

@@ -53,10 +53,17 @@ class Published:
 
 NEMO = "NeMo RL 0.4, docs/about/performance-summary.md and examples/configs/recipes/llm/performance"
 RUNS = (
-    Published(NEMO, "Llama-3.1-8B-Instruct", 16, GPUS["h100"], {"pp": 2, "mini_batches": 4}, 4096, "runs", 97.7, (64, 32, 1060, 4096)),
-    Published(NEMO, "Qwen3-32B", 32, GPUS["h100"], {"tp": 4, "pp": 4, "mini_batches": 4}, 4096, "runs", 393, (64, 32, 3206, 4096), 4),
     Published(
-        NEMO, "Qwen3-30B-A3B", 32, GPUS["h100"], {"tp": 2, "ep": 8, "mini_batches": 4}, 4096, "runs", 225, (64, 32, 3154, 4096), 4
+        NEMO, "Llama-3.1-8B-Instruct", 16, GPUS["h100"], {"pp": 2, "mini_batches": 4}, 4096, "runs",
+        97.7, (64, 32, 1060, 4096),
+    ),
+    Published(
+        NEMO, "Qwen3-32B", 32, GPUS["h100"], {"tp": 4, "pp": 4, "mini_batches": 4}, 4096, "runs",
+        393, (64, 32, 3206, 4096), 4,
+    ),
+    Published(
+        NEMO, "Qwen3-30B-A3B", 32, GPUS["h100"], {"tp": 2, "ep": 8, "mini_batches": 4}, 4096, "runs",
+        225, (64, 32, 3154, 4096), 4,
     ),
     Published(
         NEMO, "Qwen3-235B-A22B", 128, GPUS["h100"],
