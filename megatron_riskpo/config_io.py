@@ -51,10 +51,17 @@ def load_model_config(path: str | Path, name: str = "model.path") -> dict[str, A
     file = Path(path) / "config.json"
     if not file.parent.is_dir():
         raise UsageError(f"{name} = {path}: no such folder; give a Hugging Face model folder that is on this machine")
+    if not file.exists():
+        raise UsageError(f"{name} = {path}: has no config.json; give a Hugging Face model folder")
+    return read_model_config(file)
+
+
+def read_model_config(file: Path) -> dict[str, Any]:
+    """The config.json `file` alone. Raises UsageError."""
     try:
         model = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{name} = {path}: has no config.json; give a Hugging Face model folder") from None
+        raise UsageError(f"{file}: no such file; give a model folder or its config.json") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: not readable as JSON ({error}); restore the file") from error
     if not isinstance(model, dict):
