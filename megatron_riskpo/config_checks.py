@@ -14,6 +14,7 @@ from megatron_riskpo.config import PROBE_LENGTH, ModelShapeConfig, SftConfig, Tr
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_layout import LAYOUT_RULES, mlp_columns
 from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
+from megatron_riskpo.config_servers import SERVER_RULES
 from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
 
@@ -21,6 +22,11 @@ from megatron_riskpo.errors import UsageError
 def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) -> None:
     """Raise UsageError on the first rule that `riskpo train` breaks. `model` is the model's config.json."""
     _raise_first(TRAIN_RULES, Setup(config, world_size, model))
+
+
+def check_serve(config: TrainConfig, model: Mapping[str, Any]) -> None:
+    """Raise UsageError on the first rule that `riskpo serve` breaks. `model` is the model's config.json."""
+    _raise_first(SERVE_RULES, Setup(config, 1, model))
 
 
 def check_sft(config: SftConfig, world_size: int, model: Mapping[str, Any]) -> None:
@@ -132,7 +138,7 @@ def engine_split(setup: Setup) -> str | None:
     rollout = setup.config.rollout
     if rollout.engine != "vllm":
         return None
-    if setup.world_size % rollout.tp:
+    if rollout.placement == "colocated" and setup.world_size % rollout.tp:
         return no_divisor("rollout.tp", rollout.tp, setup.world_size, "ranks")
     # vLLM copies key-value heads where there are fewer than ranks.
     sizes = {"attention heads": setup.model["num_attention_heads"], **mlp_columns(setup.model)}
@@ -304,6 +310,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
     engine_layout,
     engine_split,
+    *SERVER_RULES,
     lengths,
     pass_at_k,
     keep_every,
@@ -316,6 +323,8 @@ TRAIN_RULES: tuple[Rule, ...] = (
     kl_cov,
     old_logprobs,
 )
+
+SERVE_RULES: tuple[Rule, ...] = (bounds, engine_split, lengths, engine_available)
 
 SFT_RULES: tuple[Rule, ...] = (
     bounds,

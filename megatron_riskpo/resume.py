@@ -11,12 +11,13 @@ from megatron_riskpo.errors import UsageError
 
 # What may change within a run: where it lives, how long it is, what it writes down, what ends it, and how the work is
 # laid out, which changes its speed but not what is computed.
-FREE_SECTIONS = ("bridge", "evaluation", "checkpoint", "logging")
+FREE_SECTIONS = ("bridge", "server", "evaluation", "checkpoint", "logging")
 FREE_OPTIONS = (
     *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s"),
     *("actor.tp", "actor.pp", "actor.vp", "actor.cp", "actor.ep", "actor.sequence_parallel"),
     *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens"),
     *("actor.recompute", "actor.offload_optimizer"),
+    *("rollout.placement", "rollout.servers", "rollout.server_urls"),
     *("rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
     *("rewards.workers", "rewards.timeout_s"),
     *("mismatch.abort_above", "optimizer.max_skipped_steps"),

@@ -23,7 +23,7 @@ def changed(section: str, **values: object) -> TrainConfig:
         ("run", {"seed": 7}, ["run.seed 1234 -> 7"]),
         ("actor", {"tp": 2, "pp": 2, "sequence_parallel": True, "micro_batch_tokens": 1}, []),
         ("actor", {"mini_batches": 2}, ["actor.mini_batches 1 -> 2"]),
-        ("rollout", {"tp": 2, "max_num_seqs": 1, "kv_cache_gib": 1.0, "gpu_memory_utilization": 0.1}, []),
+        ("rollout", {"placement": "server", "servers": 2, "tp": 2, "max_num_seqs": 1, "kv_cache_gib": 1.0, "gpu_memory_utilization": 0.1}, []),
         ("rollout", {"engine": "megatron"}, ['rollout.engine "vllm" -> "megatron"']),
         ("algorithm", {"estimator": "grpo"}, ['algorithm.estimator "riskpo" -> "grpo"']),
         ("data", {"options": {"max_terms": 3}}, ["data.options.max_terms (not set) -> 3"]),

@@ -21,7 +21,7 @@ from tests.distributed.advantage_cases import DigitTokenizer
 
 def trainer(config: TrainConfig, **parts: Any) -> Trainer:
     """With nothing but the given parts."""
-    names = ("actor", "engine", "bridge", "pool", "tokenizer", "train_set", "held_out", "stream", "stop_token_ids",
+    names = ("actor", "engine", "bridge", "pool", "tokenizer", "train_set", "held_out", "source",
              "stop", "observer", "run_dir", "objective")  # fmt: skip
     return Trainer(config=config, **(dict.fromkeys(names) | parts), step=3)  # type: ignore[arg-type]
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_takes_the_evaluation_and_the_rules_along(monkeypatch, tmp_
     monkeypatch.setattr("megatron_riskpo.trainer.save_checkpoint", lambda *args: saved.append(args))
     config = TrainConfig(checkpoint=CheckpointConfig(keep=3, keep_best="eval/heldout/pass@1"))
     stateful = SimpleNamespace(state_dict=dict)
-    one = trainer(config, run_dir=tmp_path, stream=stateful, objective=stateful)
+    one = trainer(config, run_dir=tmp_path, source=stateful, objective=stateful)
     one.save({"reward/mean": 0.5, "eval/heldout/pass@1": 0.25})
     (folder, step, _, _, retention, metrics) = saved[0]
     assert (folder, step) == (tmp_path / "checkpoints", 3)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +19,7 @@ from megatron_riskpo.resharding.vllm_sink import checkpoint_shapes, push_weights
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
+from megatron_riskpo.rollout.vllm_arguments import engine_arguments, request_seeds
 from megatron_riskpo.rollout.vllm_environment import (
     import_vllm,
     kept_default_group,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 _USER_ARGUMENTS = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization")
-# Tokens in one forward pass on the CPU, unless a single sequence has more.
-_BATCHED_TOKENS = 8192
 _WEIGHT_SINK = "megatron_riskpo.resharding.vllm_sink.WeightSink"
 
 
@@ -71,8 +69,8 @@ class VllmEngine:
         self._unusable = "" if load_checkpoint else "has no weights yet; call update_weights first"
         self._shapes = checkpoint_shapes(model_dir)
         prepare_environment(world_group.rank())
-        arguments = _engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
-        self._llm = _build(str(model_dir), arguments | _platform_arguments(config, max_model_len, world_group))
+        arguments = engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
+        self._llm = _build(str(model_dir), arguments | _in_process_arguments(world_group))
         self._vocab_size = self._llm.model_config.get_vocab_size()
 
     @property
@@ -89,7 +87,7 @@ class VllmEngine:
         num_replicas, replica = self._group.size() // self._tp, self._group.rank() // self._tp
         mine = slice_of(len(prompts), num_replicas, replica)
         outputs = self._run(prompts[mine], sampling, seeds[mine])
-        local = _to_responses(outputs)
+        local = _to_responses(outputs, self._weight_version)
         return join_prompts(
             prompts,
             sampling.group_size,
@@ -180,44 +178,17 @@ class VllmEngine:
             raise RunError(f"the vLLM engine {self._unusable}")
 
 
-def request_seeds(seed: int, group_size: int) -> list[int]:
-    """One seed (0 <= seed < 2**63) a response. vLLM's own n > 1 takes seed, seed + 1, ...: prompts with neighbouring
-    seeds would share random numbers."""
-    return (np.random.SeedSequence(seed).generate_state(group_size, np.uint64) >> np.uint64(1)).tolist()
-
-
-def _engine_arguments(
-    config: RolloutConfig, dtype: str, max_model_len: int, seed: int, load_checkpoint: bool
-) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "tensor_parallel_size": config.tp,
+def _in_process_arguments(group: ProcessGroup) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
         "distributed_executor_backend": "external_launcher",
         "worker_extension_cls": _WEIGHT_SINK,
-        "load_format": "auto" if load_checkpoint else "dummy",
-        "logprobs_mode": "processed_logprobs",  # temperature applied
-        "generation_config": "vllm",  # the checkpoint's generation_config.json must not change the sampling
-        "skip_tokenizer_init": True,
-        "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "seed": seed,
     }
-
-
-def _platform_arguments(config: RolloutConfig, max_model_len: int, group: ProcessGroup) -> dict[str, Any]:
     if torch.cuda.is_available():
-        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+        return arguments
     name = [f"riskpo-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, group=group, group_src=0)
-    return {
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        "enforce_eager": True,
-        # After a part of a prompt vLLM rewinds the request's generator, which a CPU generator cannot do ("CPU
-        # Generator does not use offset"); so a prompt is taken whole, and the budget has to hold the longest.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_BATCHED_TOKENS, max_model_len),
+    return arguments | {
         "worker_cls": "megatron_riskpo.rollout.vllm_cpu_worker.IsolatedCpuWorker",
         "additional_config": {"shared_memory_name": name[0]},
     }
@@ -266,7 +237,7 @@ def _flat(logprobs: Any) -> list[float]:
     return logprobs.logprobs
 
 
-def _to_responses(outputs: "list[RequestOutput]") -> Responses:
+def _to_responses(outputs: "list[RequestOutput]", version: int) -> Responses:
     completions = [output.outputs[0] for output in outputs]
     tokens = list(itertools.chain.from_iterable(c.token_ids for c in completions))
     logprobs = list(itertools.chain.from_iterable(_flat(c.logprobs) for c in completions))
@@ -275,4 +246,5 @@ def _to_responses(outputs: "list[RequestOutput]") -> Responses:
         finished=torch.tensor([c.finish_reason == "stop" for c in completions], dtype=torch.int32),
         tokens=torch.tensor(tokens, dtype=torch.int32),
         logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        versions=torch.full((len(tokens),), version, dtype=torch.int32),
     )
