@@ -21,7 +21,7 @@ class NoServersError(Exception):
     """No server is left that may be used."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     """One server, as this rank sees it."""
 

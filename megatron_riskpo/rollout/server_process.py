@@ -28,7 +28,7 @@ _SHARED_OPTIONS = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class ServerProcess:
     """`riskpo serve` as a child; its output goes to `log`."""
 

@@ -51,7 +51,8 @@ def serve(config: TrainConfig, options: ServeOptions) -> int:
         import_vllm()
         args = _arguments(config, options, host, port)
         try:
-            asyncio.run(_run(args, listener, _url(host, port), options.endpoint))
+            with asyncio.Runner(loop_factory=_loop_class()) as runner:
+                runner.run(_run(args, listener, _url(host, port), options.endpoint))
         except KeyboardInterrupt:
             print("stopped by a signal before the server was healthy", file=sys.stderr)
     return 0
@@ -119,6 +120,24 @@ def _executor(tp: int) -> str:
     return f"megatron_riskpo.rollout.vllm_executors.{'InEngineExecutor' if tp == 1 else 'WorkersExecutor'}"
 
 
+def _loop_class() -> type[asyncio.AbstractEventLoop]:
+    import uvloop
+
+    class SignalNotingLoop(uvloop.Loop):
+        """vLLM does not tell whether its server ended by a signal or because the engine died."""
+
+        was_stopped = False
+
+        def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
+            def note_and_call() -> None:
+                self.was_stopped = True
+                callback(*args)
+
+            super().add_signal_handler(sig, note_and_call)
+
+    return SignalNotingLoop
+
+
 async def _run(args: Namespace, listener: socket.socket, url: str, endpoint: Path | None) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
 
@@ -126,7 +145,6 @@ async def _run(args: Namespace, listener: socket.socket, url: str, endpoint: Pat
     try:
         async with build_async_engine_client(args) as engine:
             finish = await build_and_serve(engine, url, listener, args)
-            is_dead = engine.engine_core.resources.engine_dead  # type: ignore[attr-defined]
         await finish
     except ValueError as error:  # vLLM's own checks of its arguments, the memory and config.json
         raise UsageError(f"vLLM does not start on {args.model}: {' '.join(str(error).split())}") from error
@@ -134,7 +152,7 @@ async def _run(args: Namespace, listener: socket.socket, url: str, endpoint: Pat
         announcing.cancel()
         if endpoint is not None:
             endpoint.unlink(missing_ok=True)
-    if is_dead:
+    if not asyncio.get_running_loop().was_stopped:  # type: ignore[attr-defined]
         raise RunError(f"the engine of the server at {url} died; see the lines above")
 
 
