@@ -112,6 +112,8 @@ class RolloutConfig:
     """KV cache of one vLLM rank on the CPU, in GiB."""
     gpu_memory_utilization: float = 0.4
     """Share of the GPU's memory that vLLM may take (CUDA only)."""
+    sleep: bool = False
+    """Colocated vLLM gives its memory (weights and KV cache) back while the step trains (CUDA only)."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ class ActorConfig:
     """Shard the optimizer state over data-parallel ranks."""
     offload_optimizer: bool = False
     """Keep the optimizer's state (main weights and moments) in host memory but during its step."""
+    offload_gradients: bool = False
+    """Give the gradients' memory back but during an optimizer step: rollouts need none."""
 
 
 @dataclass(frozen=True)

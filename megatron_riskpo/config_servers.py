@@ -52,4 +52,19 @@ def staleness_correction(setup: Setup) -> str | None:
     return None
 
 
-SERVER_RULES: tuple[Rule, ...] = (placement, server_urls, transfer_dir, staleness_correction)
+def sleep(setup: Setup) -> str | None:
+    rollout = setup.config.rollout
+    if not rollout.sleep:
+        return None
+    if rollout.placement == "server" or rollout.engine != "vllm":
+        return (
+            "rollout.sleep is for vLLM in the training processes, whose memory they share; set it to false, or "
+            'rollout.engine to "vllm" and rollout.placement to "colocated"'
+        )
+    # Imported here: torch takes seconds, and few runs have the option.
+    import torch
+
+    return None if torch.cuda.is_available() else "rollout.sleep needs a GPU, vLLM on the CPU cannot; set it to false"
+
+
+SERVER_RULES: tuple[Rule, ...] = (placement, server_urls, transfer_dir, staleness_correction, sleep)

@@ -16,9 +16,10 @@ FREE_OPTIONS = (
     *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s"),
     *("actor.tp", "actor.pp", "actor.vp", "actor.cp", "actor.ep", "actor.sequence_parallel"),
     *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens"),
-    *("actor.recompute", "actor.offload_optimizer"),
+    *("actor.recompute", "actor.offload_optimizer", "actor.offload_gradients"),
     *("rollout.placement", "rollout.servers", "rollout.server_urls"),
     *("rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
+    "rollout.sleep",
     *("rewards.workers", "rewards.timeout_s"),
     *("mismatch.abort_above", "optimizer.max_skipped_steps"),
 )

@@ -90,6 +90,7 @@ class Trainer:
         """One RL step; returns its metrics."""
         collected = collect(self.draw, self.config.rollout)
         self.source.prefetch(self.step)
+        self.engine.release()
         batch = collected.batch
         tokens, mismatch = self.score_tokens(batch.rollouts)
         with self.observer.phase("advantage"):

@@ -19,11 +19,14 @@ from megatron_riskpo.resharding.buckets import NamedTensor
 _ALIGNMENT = 64
 
 
+Bucket = Sequence[NamedTensor]
+
+
 class CorruptBucketError(ValueError):
     """The bytes that arrived are not those that were sent."""
 
 
-def write_bucket(path: Path, bucket: Sequence[NamedTensor]) -> dict[str, Any]:
+def write_bucket(path: Path, bucket: Bucket) -> dict[str, Any]:
     """Write the tensors (any device) to a new file; the record that `read_bucket` takes."""
     entries, size = [], 0
     for name, tensor in bucket:

@@ -56,6 +56,9 @@ class MegatronEngine:
         """Note the version. `weights` are not read: they are the module's own, already there."""
         self._weight_version = version
 
+    def release(self) -> None:
+        """Nothing is held between calls."""
+
     def close(self) -> None:
         """Nothing is held between calls."""
 

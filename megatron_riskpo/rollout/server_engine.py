@@ -29,7 +29,7 @@ from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_p
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
 from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
 from megatron_riskpo.rollout.server_pool import NoServersError, Response, Server, ServerPool
-from megatron_riskpo.rollout.server_process import server_processes
+from megatron_riskpo.rollout.server_process import ServerProcess, server_processes
 from megatron_riskpo.rollout.server_push import Push
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
 from megatron_riskpo.rollout.vllm_arguments import request_seeds
@@ -109,6 +109,11 @@ class ServerEngine:
             return self._loop.run(_unhealthy(urls, self._session, self._config.server.health_timeout_s))
         except (RunError, OSError) as error:
             return str(error)
+
+    @property
+    def processes(self) -> dict[str, ServerProcess]:
+        """Rank 0's: the servers that it started and that are up, by address."""
+        return {} if self._fleet is None else self._fleet.processes
 
     @property
     def weight_version(self) -> int:
@@ -240,6 +245,9 @@ class ServerEngine:
         except ServerError as error:
             raise RunError(f"bridge.verify: {error}") from error
         return [torch.tensor(row, dtype=torch.float32) for row in scores]
+
+    def release(self) -> None:
+        """The servers have memory of their own, and may be at work on the next step."""
 
     def close(self) -> None:
         """End the requests under way, and the servers that the run started."""

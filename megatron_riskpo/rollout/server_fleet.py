@@ -34,6 +34,11 @@ class ServerFleet:
         """Whether a server of the run's own is up, or starting."""
         return bool(self._urls)
 
+    @property
+    def processes(self) -> dict[str, ServerProcess]:
+        """The run's own servers that are up, by address."""
+        return {url: process for process, url in self._urls.items() if url is not None}
+
     def restart(self, failed: Sequence[str]) -> None:
         """Start the processes at these addresses again, if they may be; does not wait for them."""
         for process, url in list(self._urls.items()):

@@ -111,6 +111,10 @@ class RolloutEngine(Protocol):
         """The version of the last complete update; -1 before the first."""
         ...
 
+    def release(self) -> None:
+        """No `generate` comes before the next `update_weights`: memory that the trainer can use may go back."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds; the process groups stay usable."""
         ...

@@ -66,11 +66,12 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._bucket_bytes = int(bucket_mib * 2**20)
         self._weight_version = -1
+        self._may_sleep, self._is_asleep = config.sleep, False
         self._unusable = "" if load_checkpoint else "has no weights yet; call update_weights first"
         self._shapes = checkpoint_shapes(model_dir)
         prepare_environment(world_group.rank())
         arguments = engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
-        self._llm = _build(str(model_dir), arguments | _in_process_arguments(world_group))
+        self._llm = _build(str(model_dir), arguments | _in_process_arguments(world_group, config.sleep))
         self._vocab_size = self._llm.model_config.get_vocab_size()
 
     @property
@@ -142,16 +143,19 @@ class VllmEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See RolloutEngine. Tensors must stay unchanged until this returns. A push that fails in any way leaves
         the engine unusable: RunError, now and at every later call. Collective."""
-        if self._unusable and self._weight_version != -1:
+        if self._unusable and self._weight_version != -1 and not self._is_asleep:
             self._check_usable()
         self._unusable = f"is half-updated (push of version {version} did not end); restart from the last checkpoint"
         try:
+            self._wake("weights")
             push_weights(self._llm, weights, version, shapes=self._shapes, bucket_bytes=self._bucket_bytes)
         except RunError:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
             raise RunError(f"vLLM refused weights of version {version}: {type(error).__name__}: {reason}") from error
+        self._wake("kv_cache")
+        self._is_asleep = False
         self._check_versions(version)
         self._weight_version = version
         self._unusable = ""
@@ -163,6 +167,19 @@ class VllmEngine:
         dist.all_gather_object(versions, own, group=self._group)
         if set(versions) != {version}:
             raise RunError(f"weights of version {version} were pushed, but the ranks' vLLM workers hold {versions}")
+
+    def release(self) -> None:
+        """With rollout.sleep, give the memory of weights and KV cache back, until the next `update_weights`."""
+        if self._may_sleep and not self._is_asleep:
+            # Level 2: the weights are not kept, new ones come before they are needed.
+            self._llm.sleep(level=2)
+            self._is_asleep = True
+            self._unusable = "sleeps until it gets weights; call update_weights first"
+
+    def _wake(self, what: str) -> None:
+        """Part by part: weights and cache together may not fit beside what the export holds."""
+        if self._is_asleep:
+            self._llm.wake_up(tags=[what])
 
     def close(self) -> None:
         """Free the engine's memory; the default process group and the trainer's groups stay usable."""
@@ -178,11 +195,12 @@ class VllmEngine:
             raise RunError(f"the vLLM engine {self._unusable}")
 
 
-def _in_process_arguments(group: ProcessGroup) -> dict[str, Any]:
+def _in_process_arguments(group: ProcessGroup, sleep: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "distributed_executor_backend": "external_launcher",
         "worker_extension_cls": _WEIGHT_SINK,
         "use_tqdm_on_load": False,
+        "enable_sleep_mode": sleep,
     }
     if torch.cuda.is_available():
         return arguments
