@@ -70,3 +70,25 @@ def test_samples_are_those_of_the_engine_in_process(engine, models):
     assert torch.equal(served.finished, expected.finished)
     torch.testing.assert_close(served.rollout_logprobs, expected.rollout_logprobs, atol=1e-5, rtol=0)
     assert 0 < served.finished.sum() < served.num_sequences
+
+
+def test_responses_under_way_go_on_with_the_new_weights(engine, models):
+    """Each token's log-prob is that of the model of its version, given all tokens before it."""
+    engine.update_weights(exporter(models["a"])(), 0)
+    sampling = SamplingConfig(group_size=32, max_response_tokens=40, temperature=1.0, stop_token_ids=())
+    pending = engine.submit(PROMPTS, sampling, SEEDS)
+    while not any(response.tokens for response in pending.responses):
+        engine.update_weights(exporter(models["b"])(), engine.weight_version + 1)
+    rollouts = engine.collect(pending)
+    assert rollouts.response_lengths.tolist() == [40] * 128
+    versions = rollouts.split_by_response(rollouts.weight_versions)
+    assert any(0 in of.tolist() and max(of.tolist()) > 0 for of in versions)
+    assert all(torch.equal(of, of.sort().values) for of in versions)
+    scores = {name: load_hf(models[name]) for name in "ab"}
+    logprobs = rollouts.split_by_response(rollouts.rollout_logprobs)
+    for sequence, prompt, own, of in zip(
+        rollouts.sequences(), rollouts.prompt_lengths, logprobs, versions, strict=True
+    ):
+        by_version = [hf_token_logprobs(scores[name], sequence.tolist())[prompt - 1 :] for name in "ab"]
+        expected = torch.where(of == 0, *by_version)
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
