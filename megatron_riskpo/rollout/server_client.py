@@ -10,6 +10,9 @@ import aiohttp
 
 from megatron_riskpo.errors import RunError
 
+_HALF_UPDATED = "towards-"
+"""Begins the label of weights that are being replaced."""
+
 
 class ServerError(Exception):
     """A server did not do what it was asked for; another may."""
@@ -44,8 +47,30 @@ class ServerClient:
 
     async def weight_version(self, timeout_s: float) -> int:
         """Of the weights it says it has; -1: none of ours."""
-        body = await self._call("GET", "/weight_info", None, timeout_s)
-        return _version(body.get("weight_version"))
+        return _version(await self._weight_label(timeout_s))
+
+    async def can_take_weights(self, timeout_s: float) -> bool:
+        """Whether it is healthy, and no push broke off in it: of that only a restart heals it."""
+        try:
+            await self._call("GET", "/health", None, timeout_s)
+            return not (await self._weight_label(timeout_s)).startswith(_HALF_UPDATED)
+        except ServerError:
+            return False
+
+    async def begin_update(self, version: int, timeout_s: float) -> None:
+        """Have it say that its weights are those of no version, until `finish_update`."""
+        await self.post("/update_weight_version", timeout_s, {"new_version": f"{_HALF_UPDATED}{version}"})
+        await self.post("/start_weight_update", timeout_s)
+
+    async def finish_update(self, version: int, timeout_s: float) -> None:
+        """Put the new weights in use."""
+        await self.post("/finish_weight_update", timeout_s, {"weight_version": str(version)})
+        found = await self.weight_version(timeout_s)
+        if found != version:
+            raise ServerError(f"{self.url} reports version {found} after a push of version {version}")
+
+    async def _weight_label(self, timeout_s: float) -> str:
+        return str((await self._call("GET", "/weight_info", None, timeout_s)).get("weight_version"))
 
     async def generate(self, prompt: Sequence[int], sampling: dict[str, Any], timeout_s: float) -> Segment:
         """Continue the prompt; `sampling` is vLLM's SamplingParams."""

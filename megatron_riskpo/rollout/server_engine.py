@@ -4,7 +4,6 @@ Requests run in a thread with an event loop of its own, so that they go on while
 start of server processes, are the calling thread's.
 """
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -28,7 +27,7 @@ from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
 from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
-from megatron_riskpo.rollout.server_pool import NoServersError, Response, Server, ServerPool
+from megatron_riskpo.rollout.server_pool import Response, ServerPool
 from megatron_riskpo.rollout.server_process import ServerProcess, server_processes
 from megatron_riskpo.rollout.server_push import Push
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
@@ -90,9 +89,10 @@ class ServerEngine:
         self._stack = contextlib.ExitStack()
         self._loop = LoopThread()
         self._stack.callback(self._loop.close)
-        self._session = self._loop.run(_open_session())
-        self._stack.callback(lambda: self._loop.run(self._session.close()))
-        self._pool = ServerPool([], config.server, log if world_group.rank() == 0 else _say_nothing)
+        session = self._loop.run(_open_session())
+        self._stack.callback(lambda: self._loop.run(session.close()))
+        says = log if world_group.rank() == 0 else _say_nothing
+        self._pool = ServerPool(lambda url: ServerClient(url, session), config.server, says)
         self._loop.submit(self._pool.watch())
         self._fleet: ServerFleet | None = None
         self._agree_on(self._start_fleet(folder) if world_group.rank() == 0 else "")
@@ -106,9 +106,22 @@ class ServerEngine:
             self._fleet = ServerFleet(processes, urls, self._log)
             self._stack.callback(self._fleet.close)
             self._fleet.wait_for_all()
-            return self._loop.run(_unhealthy(urls, self._session, self._config.server.health_timeout_s))
+            return self._refused(urls)
         except (RunError, OSError) as error:
             return str(error)
+
+    def _refused(self, urls: Sequence[str]) -> str:
+        """What to say of given servers that do not answer, or cannot take weights."""
+        ready = self._loop.run(self._pool.ready_at(urls, self._config.server.health_timeout_s))
+        bad = sorted(set(urls) - {server.client.url for server in ready})
+        return (
+            (
+                f"rollout.server_urls: no healthy server at {', '.join(bad)} (or one in which a push broke off); "
+                "start it anew with riskpo serve"
+            )
+            if bad
+            else ""
+        )
 
     @property
     def processes(self) -> dict[str, ServerProcess]:
@@ -136,7 +149,7 @@ class ServerEngine:
             for prompt, seed in zip(prompts[mine], seeds[mine], strict=True)
             for request_seed in request_seeds(seed, sampling.group_size)
         ]
-        future = self._loop.submit(_complete_all(self._pool, responses, sampling))
+        future = self._loop.submit(self._pool.complete_all(responses, sampling))
         return PendingRollouts([list(prompt) for prompt in prompts], sampling, responses, future)
 
     def collect(self, pending: PendingRollouts) -> Rollouts:
@@ -159,7 +172,7 @@ class ServerEngine:
         """Wait; what servers that failed before left undone is asked for once more."""
         pending.future.result()
         if any(not response.reason for response in pending.responses) and self._pool.usable:
-            pending.future = self._loop.submit(_complete_all(self._pool, pending.responses, pending.sampling))
+            pending.future = self._loop.submit(self._pool.complete_all(pending.responses, pending.sampling))
             pending.future.result()
 
     def _settle(self, pending: PendingRollouts) -> int:
@@ -172,7 +185,7 @@ class ServerEngine:
         dist.all_gather_object(views, (errors[:1], unfinished, usable), group=self._group)
         shared = set(usable).intersection(*(urls for _, _, urls in views))
         failed = [server.client.url for server in self._pool.servers if server.client.url not in shared]
-        self._loop.run(_give_up(self._pool, failed))
+        self._loop.run(self._pool.give_up_for_all(failed))
         if self._fleet is not None:
             self._fleet.restart(failed)
         first = next((errors[0] for errors, _, _ in views if errors), "")
@@ -191,7 +204,7 @@ class ServerEngine:
             if outcome.urls:
                 break
             weights = self._export()
-        self._loop.run(_admit(self._pool, outcome.urls, self._session))
+        self._loop.run(self._pool.admit(outcome.urls))
         self._weight_version = version
 
     def _push(self, weights: Weights, version: int) -> PushOutcome:
@@ -209,7 +222,7 @@ class ServerEngine:
         error = ""
         push = None
         try:
-            servers = self._loop.run(_healthy_at(self._pool, fleet.addresses(), self._session))
+            servers = self._loop.run(self._pool.ready_at(fleet.addresses(), _PROBE_S))
             push = Push(servers, version, len(self._shapes), self._folder, self._config.server.push_timeout_s)
             self._loop.run(push.start())
             for bucket in bucketed(checked(weights, self._shapes), int(self._config.bridge.bucket_mib * 2**20)):
@@ -241,7 +254,7 @@ class ServerEngine:
             raise RunError(f"no rollout server is left: {self._reasons()}")
         server = usable[(self._group.rank() + self._weight_version) % len(usable)]
         try:
-            scores = self._loop.run(_score_all(server, sequences, self._config.server.request_timeout_s))
+            scores = self._loop.run(server.score_all(sequences, self._config.server.request_timeout_s))
         except ServerError as error:
             raise RunError(f"bridge.verify: {error}") from error
         return [torch.tensor(row, dtype=torch.float32) for row in scores]
@@ -272,58 +285,6 @@ def _say_nothing(message: str) -> None:
 async def _open_session() -> aiohttp.ClientSession:
     # The pool bounds the number of requests.
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-
-
-async def _unhealthy(urls: Sequence[str], session: aiohttp.ClientSession, timeout_s: float) -> str:
-    """What to say of given servers that do not answer."""
-    answers = await asyncio.gather(*(ServerClient(url, session).is_healthy(timeout_s) for url in urls))
-    silent = [url for url, healthy in zip(urls, answers, strict=True) if not healthy]
-    return (
-        f"rollout.server_urls: no healthy server at {', '.join(silent)}; start it with riskpo serve" if silent else ""
-    )
-
-
-async def _complete_all(pool: ServerPool, responses: Sequence[Response], sampling: SamplingConfig) -> list[str]:
-    results = await asyncio.gather(*(pool.complete(r, sampling) for r in responses), return_exceptions=True)
-    unexpected = next(
-        (r for r in results if isinstance(r, BaseException) and not isinstance(r, (RunError, NoServersError))), None
-    )
-    if unexpected is not None:
-        raise unexpected
-    return [str(result) for result in results if isinstance(result, RunError)]
-
-
-async def _score_all(server: Server, sequences: Sequence[Sequence[int]], timeout_s: float) -> list[list[float]]:
-    return await asyncio.gather(*(server.call(server.client.prompt_logprobs(s, timeout_s)) for s in sequences))
-
-
-async def _servers_at(pool: ServerPool, urls: Sequence[str], session: aiohttp.ClientSession) -> list[Server]:
-    """Those that the pool knows and uses, and new ones for the other addresses."""
-    known = {server.client.url: server for server in pool.servers if server.usable}
-    return [known.get(url) or Server(ServerClient(url, session)) for url in urls]
-
-
-async def _healthy_at(pool: ServerPool, urls: Sequence[str], session: aiohttp.ClientSession) -> list[Server]:
-    """Those in use, and the others that answer a health check."""
-    servers = await _servers_at(pool, urls, session)
-    answers = await asyncio.gather(*(server.client.is_healthy(_PROBE_S) for server in servers))
-    return [server for server, healthy in zip(servers, answers, strict=True) if server.usable or healthy]
-
-
-async def _admit(pool: ServerPool, urls: Sequence[str], session: aiohttp.ClientSession) -> None:
-    """These servers, and no others, have the current weights."""
-    for server in pool.usable:
-        if server.client.url not in urls:
-            server.give_up(f"{server.client.url} did not take weights of version {pool.newest_version}")
-    pool.servers = await _servers_at(pool, urls, session)
-    for server in pool.servers:
-        server.admit()
-
-
-async def _give_up(pool: ServerPool, urls: Sequence[str]) -> None:
-    for server in pool.usable:
-        if server.client.url in urls:
-            pool.give_up(server, f"{server.client.url} failed for another rank")
 
 
 def _to_responses(responses: Sequence[Response]) -> Responses:

@@ -71,6 +71,11 @@ class Server:
             self.calls.discard(task)
             self.outstanding -= cost
 
+    async def score_all(self, sequences: Sequence[Sequence[int]], timeout_s: float) -> list[list[float]]:
+        """`ServerClient.prompt_logprobs` of each."""
+        calls = (self.call(self.client.prompt_logprobs(sequence, timeout_s)) for sequence in sequences)
+        return await asyncio.gather(*calls)
+
 
 @dataclass
 class Response:
@@ -98,17 +103,56 @@ class Response:
 
 
 class ServerPool:
-    """The servers of a run. `newest_version`: of the weights that were pushed last, or are being pushed."""
+    """The servers of a run, those of the last push. `newest_version`: of the weights that were pushed last, or are
+    being pushed."""
 
-    def __init__(self, servers: Sequence[Server], config: ServerConfig, log: Callable[[str], None]) -> None:
-        self.servers = list(servers)
+    def __init__(
+        self, connect: Callable[[str], ServerClient], config: ServerConfig, log: Callable[[str], None]
+    ) -> None:
+        self.servers: list[Server] = []
         self.newest_version = -1
+        self._connect = connect
         self._config, self._log = config, log
         self._slots = asyncio.Semaphore(config.max_concurrent)
 
     @property
     def usable(self) -> list[Server]:
         return [server for server in self.servers if server.usable]
+
+    def _at(self, urls: Sequence[str]) -> list[Server]:
+        """Those in use, and new ones for the other addresses."""
+        known = {server.client.url: server for server in self.usable}
+        return [known.get(url.rstrip("/")) or Server(self._connect(url)) for url in urls]
+
+    async def ready_at(self, urls: Sequence[str], timeout_s: float) -> list[Server]:
+        """Those in use, and the others that are ready for weights."""
+        servers = self._at(urls)
+        answers = await asyncio.gather(*(server.client.can_take_weights(timeout_s) for server in servers))
+        return [server for server, ready in zip(servers, answers, strict=True) if server.usable or ready]
+
+    async def admit(self, urls: Sequence[str]) -> None:
+        """These servers, and no others, have the current weights."""
+        for server in self.usable:
+            if server.client.url not in urls:
+                server.give_up(f"{server.client.url} did not take weights of version {self.newest_version}")
+        self.servers = self._at(urls)
+        for server in self.servers:
+            server.admit()
+
+    async def give_up_for_all(self, urls: Sequence[str]) -> None:
+        """What failed for one rank is used by none."""
+        for server in self.usable:
+            if server.client.url in urls:
+                self.give_up(server, f"{server.client.url} failed for another rank")
+
+    async def complete_all(self, responses: Sequence[Response], sampling: SamplingConfig) -> list[str]:
+        """`complete` for each; the errors that end the run. Responses that no server could finish are left as is."""
+        results = await asyncio.gather(*(self.complete(r, sampling) for r in responses), return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        for failure in failures:
+            if not isinstance(failure, (RunError, NoServersError)):
+                raise failure
+        return [str(failure) for failure in failures if isinstance(failure, RunError)]
 
     def give_up(self, server: Server, reason: str) -> None:
         """Use a server no more, and say why."""

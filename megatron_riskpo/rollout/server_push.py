@@ -4,13 +4,13 @@ One rank drives it. A server that fails in any of the calls is half-updated: it 
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_riskpo.resharding.bucket_file import write_bucket
 from megatron_riskpo.resharding.buckets import NamedTensor
-from megatron_riskpo.rollout.server_client import ServerError
+from megatron_riskpo.rollout.server_client import ServerClient, ServerError
 from megatron_riskpo.rollout.server_pool import Server
 
 _MAX_IN_FLIGHT = 2
@@ -41,9 +41,7 @@ class Push:
         init = {"init_info": {"num_tensors": self._num_tensors}}
         await self._each("/init_weight_transfer_engine", init)
         await self._each("/pause?mode=abort")
-        # A server that fails on the way must not say that it has the weights of before.
-        await self._each("/update_weight_version", {"new_version": f"towards-{self._version}"})
-        await self._each("/start_weight_update")
+        await self._all(lambda client: client.begin_update(self._version, self._timeout_s))
 
     async def send(self, bucket: Sequence[NamedTensor]) -> None:
         """Write one bucket and hand it over, while the one before may still be loading. Raises OSError where the
@@ -69,8 +67,7 @@ class Push:
     async def finish(self) -> None:
         """Put the weights in use, and let the servers go on."""
         await asyncio.gather(*self._in_flight)
-        await self._each("/finish_weight_update", {"weight_version": str(self._version)})
-        await self._all(self._confirm)
+        await self._all(lambda client: client.finish_update(self._version, self._timeout_s))
         await self._each("/resume")
 
     async def abandon(self) -> None:
@@ -79,17 +76,12 @@ class Push:
         for path in self._folder.glob(f"bucket_{self._version}_*"):
             path.unlink(missing_ok=True)
 
-    async def _confirm(self, server: Server) -> None:
-        found = await server.client.weight_version(self._timeout_s)
-        if found != self._version:
-            raise ServerError(f"{server.client.url} reports version {found} after a push of version {self._version}")
-
     async def _each(self, path: str, body: dict[str, Any] | None = None) -> None:
         """The same call on all servers that have not failed, at once."""
-        await self._all(lambda server: server.client.post(path, self._timeout_s, body))
+        await self._all(lambda client: client.post(path, self._timeout_s, body))
 
-    async def _all(self, work: Any) -> None:
-        await asyncio.gather(*(self._guarded(server, work(server)) for server in self.alive))
+    async def _all(self, work: Callable[[ServerClient], Coroutine[Any, Any, None]]) -> None:
+        await asyncio.gather(*(self._guarded(server, work(server.client)) for server in self.alive))
 
     async def _guarded(self, server: Server, work: Coroutine[Any, Any, Any]) -> None:
         try:

@@ -4,15 +4,23 @@ One server, started once, serves most tests. Not tested here: several machines, 
 """
 
 import importlib.util
+import json
+import signal
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_riskpo.resharding.bucket_file import Bucket, write_bucket
+from megatron_riskpo.rollout import server_push
 from megatron_riskpo.rollout.server_engine import ServerEngine
+from megatron_riskpo.rollout.server_process import ServerProcess
 from megatron_riskpo.rollout.types import SamplingConfig
-from tests.server_runs import exporter, running_server, server_config, server_engine, with_urls
+from tests.server_runs import exporter, running_server, server_config, server_engine, signal_group, with_urls
 from tests.tiny_models import hf_token_logprobs, load_hf, make_tiny_qwen2
 from tests.vllm_engines import max_difference, single_rank, vllm_engine
 
@@ -30,10 +38,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def url(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    with running_server(server_config(models["a"]), folder) as process:
-        yield process.wait()
+def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with running_server(server_config(models["a"]), tmp_path_factory.mktemp("server")) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def url(server: ServerProcess) -> str:
+    return server.wait()
 
 
 @pytest.fixture
@@ -46,6 +58,14 @@ def engine(url: str, models: dict[str, Path], tmp_path: Path, lines: list[str]) 
     config = with_urls(server_config(models["a"]), url)
     with single_rank(), server_engine(config, tmp_path, exporter(models["a"]), lines) as engine:
         yield engine
+
+
+def call(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One of the server's own endpoints, past the engine."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())
 
 
 def test_after_each_push_the_server_is_the_pushed_model(engine, models):
@@ -92,3 +112,59 @@ def test_responses_under_way_go_on_with_the_new_weights(engine, models):
         by_version = [hf_token_logprobs(scores[name], sequence.tolist())[prompt - 1 :] for name in "ab"]
         expected = torch.where(of == 0, *by_version)
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
+
+
+def test_weights_that_were_not_pushed_are_refused_and_pushed_again(engine, models, url, lines):
+    engine.update_weights(exporter(models["a"])(), 0)
+    expected = engine.generate(PROMPTS, SAMPLING, SEEDS)
+    call(url, "/update_weight_version", {"new_version": "99"})
+    assert torch.equal(engine.generate(PROMPTS, SAMPLING, SEEDS).tokens, expected.tokens)
+    (line,) = lines
+    assert f"{url} sampled with weights of version 99, not 0" in line
+
+
+def test_wrong_prompts_are_refused_before_they_are_sent(engine, models):
+    engine.update_weights(exporter(models["a"])(), 0)
+    with pytest.raises(UsageError, match=r"0\.\.95; check the tokenizer"):
+        engine.submit([[96]], SAMPLING, [0])
+
+
+def test_a_stopped_server_ends_the_run_in_bounded_time_and_may_come_back(models, server, url, tmp_path):
+    config = with_urls(server_config(models["a"], server={"health_timeout_s": 2.0}), url)
+    with single_rank(), server_engine(config, tmp_path, exporter(models["a"])) as engine:
+        engine.update_weights(exporter(models["a"])(), 0)
+        expected = engine.generate(PROMPTS, SAMPLING, SEEDS)
+        pending = engine.submit(PROMPTS, SAMPLING, SEEDS)
+        signal_group(server, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(RunError, match="no rollout server is left: none is healthy"):
+            engine.collect(pending)
+        assert time.monotonic() - started < 20
+        signal_group(server, signal.SIGCONT)
+        engine.update_weights(exporter(models["a"])(), 1)
+        assert torch.equal(engine.generate(PROMPTS, SAMPLING, SEEDS).tokens, expected.tokens)
+
+
+def write_corrupted(path: Path, bucket: Bucket) -> dict[str, Any]:
+    record = write_bucket(path, bucket)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return record
+
+
+def test_a_corrupted_bucket_is_named_and_leaves_no_server(engine, models, monkeypatch, url):
+    engine.update_weights(exporter(models["a"])(), 0)
+    monkeypatch.setattr(server_push, "write_bucket", write_corrupted)
+    message = r"no rollout server is left: push of version 1 failed: .*/update_weights answered 500: .* has checksum"
+    with pytest.raises(RunError, match=message):
+        engine.update_weights(exporter(models["b"])(), 1)
+    assert call(url, "/weight_info")["weight_version"] == "towards-1"
+
+
+def test_a_half_updated_server_is_not_used(models, url, tmp_path):
+    """The one that the test above left behind."""
+    config = with_urls(server_config(models["a"]), url)
+    message = rf"{url} \(or one in which a push broke off\); start it anew"
+    with single_rank(), pytest.raises(RunError, match=message), server_engine(config, tmp_path, exporter(models["a"])):
+        pass

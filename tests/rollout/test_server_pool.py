@@ -12,7 +12,7 @@ import pytest
 from megatron_riskpo.config import ServerConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.server_client import ServerClient
-from megatron_riskpo.rollout.server_pool import NoServersError, Response, Server, ServerPool, continued_seed
+from megatron_riskpo.rollout.server_pool import NoServersError, Response, ServerPool, continued_seed
 from megatron_riskpo.rollout.types import SamplingConfig
 from tests.rollout.fake_server import FakeServer, fake_server, token_at
 
@@ -28,10 +28,9 @@ def with_pool(
 
     async def run() -> ServerPool:
         async with aiohttp.ClientSession() as session:
-            pool = ServerPool([Server(ServerClient(server.url, session)) for server in servers], config, lines.append)
+            pool = ServerPool(lambda url: ServerClient(url, session), config, lines.append)
             pool.newest_version = 0
-            for server in pool.servers:
-                server.admit()
+            await pool.admit([server.url for server in servers])
             watch = asyncio.create_task(pool.watch())
             await work(pool)
             watch.cancel()
