@@ -26,7 +26,8 @@ def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) 
 
 def check_serve(config: TrainConfig, model: Mapping[str, Any]) -> None:
     """Raise UsageError on the first rule that `riskpo serve` breaks. `model` is the model's config.json."""
-    _raise_first(SERVE_RULES, Setup(config, 1, model))
+    # A server has its own processes, as many as it needs.
+    _raise_first(SERVE_RULES, Setup(config, config.rollout.tp, model))
 
 
 def check_sft(config: SftConfig, world_size: int, model: Mapping[str, Any]) -> None:

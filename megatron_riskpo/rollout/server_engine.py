@@ -5,6 +5,7 @@ start of server processes, are the calling thread's.
 """
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -95,14 +96,16 @@ class ServerEngine:
         self._pool = ServerPool(lambda url: ServerClient(url, session), config.server, says)
         self._loop.submit(self._pool.watch())
         self._fleet: ServerFleet | None = None
-        self._agree_on(self._start_fleet(folder) if world_group.rank() == 0 else "")
+        hosts = [""] * world_group.size()
+        dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
+        self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
 
-    def _start_fleet(self, folder: Path) -> str:
-        """Rank 0's; what went wrong."""
+    def _start_fleet(self, folder: Path, hosts: list[str]) -> str:
+        """Rank 0's; what went wrong. `hosts`: of the ranks."""
         urls = self._config.rollout.server_urls
         try:
             self._folder = self._stack.enter_context(transfer_folder(self._config.server.transfer_dir))
-            processes = [] if urls else server_processes(self._config, folder)
+            processes = [] if urls else server_processes(self._config, folder, hosts)
             self._fleet = ServerFleet(processes, urls, self._log)
             self._stack.callback(self._fleet.close)
             self._fleet.wait_for_all()

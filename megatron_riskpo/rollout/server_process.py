@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -142,20 +143,25 @@ def _spawn(command: list[str], environment: dict[str, str], log: BinaryIO) -> su
     )
 
 
-def server_processes(config: TrainConfig, folder: Path) -> list[ServerProcess]:
-    """The servers of a run, not yet started. On GPUs each takes rollout.tp of those that no rank of this machine has.
-    Raises RunError where there are too few."""
+def server_processes(config: TrainConfig, folder: Path, hosts: Sequence[str]) -> list[ServerProcess]:
+    """The servers of a run, not yet started; `hosts`: of its ranks. On GPUs each takes rollout.tp of those that no rank
+    has. Raises RunError where there are too few, or where ranks on other machines could not reach them."""
+    if len(set(hosts)) > 1:
+        raise RunError(
+            f"servers that the run starts listen on one machine only, and its ranks are on {len(set(hosts))}; start "
+            "servers with riskpo serve --host (slurm/serve.sbatch), and give their addresses as rollout.server_urls"
+        )
     num, tp = config.rollout.servers, config.rollout.tp
-    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+    num_ranks = len(hosts)
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
         return [ServerProcess(config, i, folder) for i in range(num)]
-    needed = num_local_ranks + num * tp
+    needed = num_ranks + num * tp
     if needed > num_gpus:
         raise RunError(
-            f"{num_local_ranks} ranks and rollout.servers = {num} with rollout.tp = {tp} need {needed} GPUs, this "
+            f"{num_ranks} ranks and rollout.servers = {num} with rollout.tp = {tp} need {needed} GPUs, this "
             f"machine has {num_gpus}; lower rollout.servers or rollout.tp, or give rollout.server_urls"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
-    first = range(num_local_ranks, needed, tp)
+    first = range(num_ranks, needed, tp)
     return [ServerProcess(config, i, folder, ",".join(visible[at : at + tp])) for i, at in enumerate(first)]

@@ -60,12 +60,12 @@ def test_the_server_has_what_decides_its_samples(tmp_path):
 def test_servers_take_gpus_that_no_rank_has(tmp_path, monkeypatch):
     config = server_config(tmp_path, servers=2, tp=2)
     monkeypatch.setattr(server_process.torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [process.devices for process in server_processes(config, tmp_path)] == ["4,5", "6,7"]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert [process.devices for process in server_processes(config, tmp_path, ["a"] * 4)] == ["4,5", "6,7"]
     with pytest.raises(RunError, match=r"5 ranks and rollout.servers = 2 with rollout.tp = 2 need 9 GPUs, .* has 8"):
-        server_processes(config, tmp_path)
+        server_processes(config, tmp_path, ["a"] * 5)
+    with pytest.raises(RunError, match=r"on one machine only, and its ranks are on 2; .* rollout.server_urls"):
+        server_processes(config, tmp_path, ["a", "a", "b", "b"])
 
 
 PARENT = """
