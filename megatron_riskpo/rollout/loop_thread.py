@@ -25,10 +25,14 @@ class LoopThread:
         """Its result."""
         return self.submit(work).result()
 
+    def cancel_all(self) -> None:
+        """End what runs."""
+        self.run(_cancel_others())
+
     def close(self) -> None:
         """Cancel what runs, and end the thread."""
         if self._thread.is_alive():
-            self.run(_cancel_others())
+            self.cancel_all()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()

@@ -99,10 +99,12 @@ class ServerEngine:
         hosts = [""] * world_group.size()
         dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
         self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
+        # First of all at the end: requests under way would take the end of the servers for a failure.
+        self._stack.callback(self._loop.cancel_all)
 
     def _start_fleet(self, folder: Path, hosts: list[str]) -> str:
         """Rank 0's; what went wrong. `hosts`: of the ranks."""
-        urls = self._config.rollout.server_urls
+        urls = [url.rstrip("/") for url in self._config.rollout.server_urls]
         try:
             self._folder = self._stack.enter_context(transfer_folder(self._config.server.transfer_dir))
             processes = [] if urls else server_processes(self._config, folder, hosts)
@@ -117,13 +119,11 @@ class ServerEngine:
         """What to say of given servers that do not answer, or cannot take weights."""
         ready = self._loop.run(self._pool.ready_at(urls, self._config.server.health_timeout_s))
         bad = sorted(set(urls) - {server.client.url for server in ready})
+        if not bad:
+            return ""
         return (
-            (
-                f"rollout.server_urls: no healthy server at {', '.join(bad)} (or one in which a push broke off); "
-                "start it anew with riskpo serve"
-            )
-            if bad
-            else ""
+            f"rollout.server_urls: no healthy server at {', '.join(bad)} (or one in which a push broke off); start it "
+            "anew with riskpo serve"
         )
 
     @property

@@ -122,7 +122,7 @@ class ServerPool:
     def _at(self, urls: Sequence[str]) -> list[Server]:
         """Those in use, and new ones for the other addresses."""
         known = {server.client.url: server for server in self.usable}
-        return [known.get(url.rstrip("/")) or Server(self._connect(url)) for url in urls]
+        return [known.get(url) or Server(self._connect(url)) for url in urls]
 
     async def ready_at(self, urls: Sequence[str], timeout_s: float) -> list[Server]:
         """Those in use, and the others that are ready for weights."""
