@@ -1,5 +1,5 @@
-"""The command line: riskpo train | sft | plan | doctor | report | checkpoint | convert. Imports nothing heavy before it
-is needed, so that wrong input is answered at once and signal handlers stand before torch is loaded."""
+"""The command line: riskpo train | sft | plan | doctor | report | checkpoint | convert | serve. Imports nothing heavy
+before it is needed, so that wrong input is answered at once and signal handlers stand before torch is loaded."""
 
 import argparse
 import errno
@@ -17,6 +17,7 @@ from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.doctor_command import add_doctor, run_doctor
 from megatron_riskpo.errors import RiskpoError, UsageError
 from megatron_riskpo.plan_command import add_plan, run_plan
+from megatron_riskpo.serve_command import add_serve, run_serve
 
 if TYPE_CHECKING:
     from megatron_riskpo.config import SftConfig, TrainConfig
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_plan(commands, _OVERRIDES_HELP)
     add_doctor(commands)
+    add_serve(commands, _OVERRIDES_HELP)
     return parser
 
 
@@ -227,6 +229,7 @@ _COMMANDS = {
     "report": _report,
     "checkpoint": _checkpoint,
     "convert": run_convert,
+    "serve": run_serve,
 }
 
 

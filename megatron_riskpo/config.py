@@ -85,7 +85,17 @@ class RolloutConfig:
     """How responses are sampled."""
 
     engine: Literal["vllm", "megatron"] = "vllm"
-    """vllm: in the training processes; megatron: built-in KV-cache sampler on the actor itself."""
+    """vllm: real vLLM, where `placement` says; megatron: built-in KV-cache sampler on the actor itself."""
+    placement: Literal["colocated", "server"] = "colocated"
+    """Of vLLM. colocated: in the training processes, which wait while it samples; server: processes of its own, reached
+    over HTTP."""
+    servers: int = 1
+    """Server processes that the run starts on this machine (placement = "server" without server_urls)."""
+    server_urls: tuple[str, ...] = ()
+    """Addresses of running servers (`riskpo serve`), http://HOST:PORT; the run then starts none."""
+    max_staleness: int = 0
+    """Optimizer steps that the weights may be behind which a token was sampled with. 0: on-policy, servers idle while
+    the step trains; k: the responses of the next k steps are sampled meanwhile (placement = "server")."""
     group_size: int = 8
     """G: responses a question."""
     max_response_tokens: int = 64
@@ -106,6 +116,32 @@ class RolloutConfig:
     """KV cache of one vLLM rank on the CPU, in GiB."""
     gpu_memory_utilization: float = 0.4
     """Share of the GPU's memory that vLLM may take (CUDA only)."""
+    sleep: bool = False
+    """Colocated vLLM gives its memory (weights and KV cache) back while the step trains (CUDA only)."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the run deals with rollout servers (rollout.placement = "server")."""
+
+    max_concurrent: int = 256
+    """Requests that a rank has under way at a time."""
+    health_timeout_s: float = 30.0
+    """A server that does not answer a health check for so long, in seconds, is given up."""
+    request_timeout_s: float = 600.0
+    """A response that takes longer, in seconds, is asked for again."""
+    push_timeout_s: float = 120.0
+    """A server that takes longer, in seconds, over one call of a weight push is given up."""
+    start_timeout_s: float = 300.0
+    """A server that the run starts has to be healthy within so many seconds."""
+    max_retries: int = 3
+    """Times that a request is sent again after a failure; a server that fails so often in a row, and more, is given
+    up."""
+    max_restarts: int = 3
+    """Times that the run starts each of its servers again."""
+    transfer_dir: str = ""
+    """Folder through which weights go to the servers, which must see it under the same name; empty: memory of this
+    machine (/dev/shm, where there is one)."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +182,8 @@ class ActorConfig:
     """Shard the optimizer state over data-parallel ranks."""
     offload_optimizer: bool = False
     """Keep the optimizer's state (main weights and moments) in host memory but during its step."""
+    offload_gradients: bool = False
+    """Give the gradients' memory back but during an optimizer step: rollouts need none."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +285,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    server: ServerConfig = ServerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     loss: PolicyLossConfig = PolicyLossConfig()
     mismatch: MismatchConfig = MismatchConfig()

@@ -14,6 +14,7 @@ from megatron_riskpo.config import PROBE_LENGTH, ModelShapeConfig, SftConfig, Tr
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_layout import LAYOUT_RULES, mlp_columns
 from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
+from megatron_riskpo.config_servers import SERVER_RULES, sleep_device, transfer_dir
 from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
 
@@ -24,8 +25,14 @@ def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) 
 
 
 def check_plan(config: TrainConfig, world_size: int, model: Mapping[str, Any]) -> None:
-    """`check_train` for a run on another machine: vLLM need not be installed on this one."""
+    """`check_train` for a run on another machine, whatever this one has."""
     _raise_first(PLAN_RULES, Setup(config, world_size, model))
+
+
+def check_serve(config: TrainConfig, model: Mapping[str, Any]) -> None:
+    """Raise UsageError on the first rule that `riskpo serve` breaks. `model` is the model's config.json."""
+    # A server has its own processes, as many as it needs.
+    _raise_first(SERVE_RULES, Setup(config, config.rollout.tp, model))
 
 
 def check_sft(config: SftConfig, world_size: int, model: Mapping[str, Any]) -> None:
@@ -137,7 +144,7 @@ def engine_split(setup: Setup) -> str | None:
     rollout = setup.config.rollout
     if rollout.engine != "vllm":
         return None
-    if setup.world_size % rollout.tp:
+    if rollout.placement == "colocated" and setup.world_size % rollout.tp:
         return no_divisor("rollout.tp", rollout.tp, setup.world_size, "ranks")
     # vLLM copies key-value heads where there are fewer than ranks.
     sizes = {"attention heads": setup.model["num_attention_heads"], **mlp_columns(setup.model)}
@@ -309,6 +316,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
     engine_layout,
     engine_split,
+    *SERVER_RULES,
     lengths,
     pass_at_k,
     keep_every,
@@ -322,7 +330,12 @@ TRAIN_RULES: tuple[Rule, ...] = (
     old_logprobs,
 )
 
-PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in TRAIN_RULES if rule is not engine_available)
+MACHINE_RULES: tuple[Rule, ...] = (engine_available, transfer_dir, sleep_device)
+"""What the machine that trains must have."""
+
+PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in TRAIN_RULES if rule not in MACHINE_RULES)
+
+SERVE_RULES: tuple[Rule, ...] = (bounds, engine_split, lengths, engine_available)
 
 SFT_RULES: tuple[Rule, ...] = (
     bounds,

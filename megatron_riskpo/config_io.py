@@ -44,6 +44,11 @@ def load_config(cls: type[Config], path: str, overrides: Sequence[str] = ()) -> 
     return _with_overrides(config, overrides)
 
 
+def default_config(cls: type[Config], overrides: Sequence[str] = ()) -> Config:
+    """The defaults, changed by `--section.key value` overrides. As `load_config` otherwise."""
+    return _with_overrides(cls(), overrides)
+
+
 def load_model_config(path: str | Path, name: str = "model.path") -> dict[str, Any]:
     """config.json of the Hugging Face model folder `path`, which the user gave as `name`. Raises UsageError."""
     if not path:

@@ -12,13 +12,15 @@ from megatron_riskpo.errors import UsageError
 
 # What may change within a run: where it lives, how long it is, what it writes down, what ends it, and how the work is
 # laid out, which changes its speed but not what is computed.
-FREE_SECTIONS = ("bridge", "evaluation", "checkpoint", "logging")
+FREE_SECTIONS = ("bridge", "server", "evaluation", "checkpoint", "logging")
 FREE_OPTIONS = (
     *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s", "run.accept_changes"),
     *("actor.tp", "actor.pp", "actor.vp", "actor.cp", "actor.ep", "actor.sequence_parallel"),
     *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens"),
-    *("actor.recompute", "actor.offload_optimizer"),
+    *("actor.recompute", "actor.offload_optimizer", "actor.offload_gradients"),
+    *("rollout.placement", "rollout.servers", "rollout.server_urls"),
     *("rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
+    "rollout.sleep",
     *("rewards.workers", "rewards.timeout_s"),
     *("mismatch.abort_above", "optimizer.max_skipped_steps"),
 )
@@ -75,6 +77,9 @@ def without_outdated(state: dict[str, Any], changed: Collection[str]) -> tuple[d
     if any(_decides_questions(key) for key in changed):
         stream, objective["pass_rates"] = None, None
         anew += ["data position", "pass rates"]
+    elif "data.prompts_per_step" in changed and stream.get("ahead"):
+        stream = stream | {"ahead": {}}
+        anew += ["steps sampled ahead, whose questions are passed over"]
     if any(key.startswith("algorithm.") for key in changed):
         objective |= {"tracker": None, "quantiles": None}
         anew += ["quantile tracker"]

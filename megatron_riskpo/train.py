@@ -20,6 +20,8 @@ from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.resume import check_resume, without_outdated
+from megatron_riskpo.rollout.source import RolloutSource
+from megatron_riskpo.rollout.types import SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_riskpo.checkpoint.training_state import Checkpoint
@@ -101,7 +103,7 @@ def _build(
     actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
     # Now: the actor's weights are those of model.path only until a checkpoint is loaded.
     reference = reference_weights(torch.nn.ModuleList(actor.chunks), config.loss)
-    engine = _build_engine(config, actor, grid)
+    engine = _build_engine(config, actor, grid, run_dir, observer)
     stack.callback(engine.close)
     saver = CheckpointSaver(
         run_dir / "checkpoints", config.checkpoint, resolved(config), grid,
@@ -119,8 +121,7 @@ def _build(
         tokenizer=tokenizer,
         train_set=train_set,
         held_out=held_out,
-        stream=stream,
-        stop_token_ids=stop_token_ids(config.model.path, tokenizer),
+        source=_build_source(config, engine, stream, train_set.prompts, stop_token_ids(config.model.path, tokenizer)),
         stop=stop,
         observer=stack.enter_context(observer),
         run_dir=run_dir,
@@ -142,17 +143,35 @@ def _encoded(questions: list[Question], what: str, tokenizer: Any, data: DataCon
     return EncodedQuestions(prompts, [q.problem for q in chosen], [q.expected_answer for q in chosen])
 
 
-def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid) -> Any:
+def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid, run_dir: Path, observer: Observer) -> Any:
     max_length = max_sequence_length(config)
     if config.rollout.engine == "megatron":
         from megatron_riskpo.rollout.megatron_engine import MegatronEngine
 
         return MegatronEngine(actor.chunks[0], grid, max_length, config.rollout.max_num_seqs)
+    if config.rollout.placement == "server":
+        from megatron_riskpo.rollout.server_engine import ServerEngine
+
+        return ServerEngine(
+            config, vocab_size=actor.shape.vocab_size, world_group=grid.world, folder=run_dir / "servers",
+            export=actor.export_weights, log=observer.log,
+        )  # fmt: skip
     from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(
         config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_length, world_group=grid.world,
         seed=config.run.seed, bucket_mib=config.bridge.bucket_mib,
+    )  # fmt: skip
+
+
+def _build_source(
+    config: TrainConfig, engine: Any, stream: PromptStream, prompts: list[list[int]], stop_ids: tuple[int, ...]
+) -> RolloutSource:
+    rollout = config.rollout
+    sampling = SamplingConfig(rollout.group_size, rollout.max_response_tokens, rollout.temperature, stop_ids)
+    return RolloutSource(
+        engine, stream, prompts, sampling, config.run.seed,
+        max_staleness=rollout.max_staleness, num_steps=config.run.steps,
     )  # fmt: skip
 
 

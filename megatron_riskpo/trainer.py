@@ -1,6 +1,6 @@
 """The RiskPO loop: collect (generate and score), advantages, update, sync."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint.saver import CheckpointSaver
 from megatron_riskpo.collect import Groups, collect
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.data.stream import PromptStream, sample_seeds
+from megatron_riskpo.data.stream import sample_seeds
 from megatron_riskpo.distributed.signals import StopSignal, agree
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.evaluation.evaluate import evaluate
@@ -29,7 +29,8 @@ from megatron_riskpo.resharding.bridge import Bridge
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.scoring import score_rollouts
 from megatron_riskpo.rewards.shaping import shaped_rewards
-from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, SamplingConfig
+from megatron_riskpo.rollout.source import RolloutSource, staleness_metrics
+from megatron_riskpo.rollout.types import RolloutEngine, Rollouts
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Trainer:
     tokenizer: Any
     train_set: EncodedQuestions
     held_out: EncodedQuestions
-    stream: PromptStream
-    stop_token_ids: tuple[int, ...]
+    source: RolloutSource
     stop: StopSignal
     observer: Observer
     run_dir: Path
@@ -93,6 +93,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One RL step; returns its metrics."""
         collected = collect(self.draw, self.config.rollout)
+        self.source.prefetch(self.step)
+        self.engine.release()
         batch = collected.batch
         tokens, mismatch = self.score_tokens(batch.rollouts)
         with self.observer.phase("advantage"):
@@ -116,11 +118,8 @@ class Trainer:
     def draw(self, draw: int) -> Groups:
         """Sample and grade the stream's next questions; `draw` counts the step's draws, from 0."""
         config = self.config
-        rows = self.stream.next_batch()
-        seeds = sample_seeds(config.run.seed, self.step, len(rows), "train", draw)
         with self.observer.phase("rollout"):
-            sampling = self.sampling(config.rollout.group_size, config.rollout.temperature)
-            rollouts = self.engine.generate([self.train_set.prompts[row] for row in rows], sampling, seeds)
+            rows, rollouts = self.source.draw(self.step, draw)
         with self.observer.phase("reward"):
             answers = [self.train_set.answers[row] for row in rows]
             rewards = score_rollouts(
@@ -200,6 +199,7 @@ class Trainer:
             "rollout/response_length": float(rollouts.response_lengths.double().mean()),
             "rollout/truncated": float((~rollouts.finished).double().mean()),
             "rollout/tokens_per_second": float(rollouts.response_lengths.sum()) / self.observer.seconds("rollout"),
+            **staleness_metrics(self.step, rollouts),
         }
 
     def update_speed(self, rollouts: Rollouts) -> dict[str, float]:
@@ -241,19 +241,19 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """pass@k on the held-out questions; always with the same seeds, so that evaluations compare."""
         config = self.config.evaluation
+        sampling = replace(self.source.sampling, group_size=config.num_samples, temperature=config.temperature)
         seeds = sample_seeds(self.config.run.seed, 0, len(self.held_out.prompts), "evaluation")
         with self.observer.phase("evaluation"):
             return evaluate(
-                self.engine, self.held_out.prompts, self.held_out.answers,
-                self.sampling(config.num_samples, config.temperature), seeds, config, self.tokenizer, self.pool,
-                self.config.rewards.answer_form, self.actor.grid.world,
+                self.engine, self.held_out.prompts, self.held_out.answers, sampling, seeds, config, self.tokenizer,
+                self.pool, self.config.rewards.answer_form, self.actor.grid.world,
             )  # fmt: skip
 
     def save(self, metrics: dict[str, float]) -> None:
         """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown.
 
         The rollout engine is not among it: what it samples depends on weights, prompts and seeds only."""
-        state = {"step": self.step, "stream": self.stream.state_dict(), "objective": self.objective.state_dict()}
+        state = {"step": self.step, "stream": self.source.state_dict(), "objective": self.objective.state_dict()}
         shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         self.saver.save(self.step, self.actor, state, shown)
 
@@ -261,12 +261,8 @@ class Trainer:
         """Go on from `save`'s state; the actor has loaded its own part. A data position of None starts anew."""
         self.step = state["step"]
         if state["stream"] is not None:
-            self.stream.load_state_dict(state["stream"])
+            self.source.load_state_dict(state["stream"])
         self.objective.load_state_dict(state["objective"])
-
-    def sampling(self, group_size: int, temperature: float) -> SamplingConfig:
-        """How this run samples, but for the two things in which training and evaluation differ."""
-        return SamplingConfig(group_size, self.config.rollout.max_response_tokens, temperature, self.stop_token_ids)
 
 
 def _due(step: int, every: int) -> bool:

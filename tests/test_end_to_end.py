@@ -130,8 +130,8 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "runs" / name / "hf" / "model.safetensors")
 
 
-def signal_after_step(folder: Path, process: subprocess.Popen, name: str, step: int, number: signal.Signals) -> str:
-    """Send the signal to the launcher once the step's metrics are there; the output."""
+def wait_for_step(folder: Path, process: subprocess.Popen, name: str, step: int) -> None:
+    """Until the step's metrics are there."""
     deadline = time.monotonic() + 240
     path = folder / "runs" / name / "metrics.jsonl"
     while not (path.exists() and f'"step": {step},' in path.read_text()):
@@ -140,6 +140,11 @@ def signal_after_step(folder: Path, process: subprocess.Popen, name: str, step: 
             process.kill()  # its ranks die with it
             pytest.fail(f"step {step} did not come:\n{process.communicate()[0][-4000:]}")
         time.sleep(0.05)
+
+
+def signal_after_step(folder: Path, process: subprocess.Popen, name: str, step: int, number: signal.Signals) -> str:
+    """Send the signal to the launcher once the step's metrics are there; the output."""
+    wait_for_step(folder, process, name, step)
     process.send_signal(number)
     return process.communicate(timeout=60)[0]
 
@@ -187,6 +192,47 @@ def test_killed_run_resumes_bit_for_bit(folder, engine, more):
         # The policy leaves the reference in the first step, which has two mini-batches.
         assert all(row["actor/kl_ref"] > 0 for row in whole[1:])
         assert all(row["mismatch/weight_mean"] == pytest.approx(1, abs=1e-4) for row in whole[1:])
+
+
+SERVER = ("train", "rl.toml", "--model.path", "runs/base/hf", "--rollout.placement", "server")
+
+
+def test_a_run_on_a_server_is_the_colocated_one_also_where_the_server_is_killed(folder):
+    train(folder, "vllm-whole", "--rollout.engine", "vllm")
+    process = start(folder, *SERVER, "--run.name", "served")
+    wait_for_step(folder, process, "served", 3)
+    os.kill(json.loads((folder / "runs" / "served" / "servers" / "server_0.json").read_text())["pid"], signal.SIGKILL)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output[-4000:]
+    assert "rollout server given up: http://127.0.0.1:" in output
+    assert "rollout server 0 is started again (2 more times at most)" in output
+    whole, served = metrics(folder, "vllm-whole"), metrics(folder, "served")
+    assert [row["reward/mean"] for row in served[1:]] == [row["reward/mean"] for row in whole[1:]]
+    assert max(row["mismatch/logprob_abs_mean"] for row in served[1:]) < 1e-5
+    assert {row["rollout/staleness_max"] for row in served[1:]} == {0.0}
+    expected = weights(folder, "vllm-whole")
+    for name, tensor in weights(folder, "served").items():
+        # The update is the same; its rollouts may differ in the last bits, which Adam makes more of.
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4)
+    assert list((folder / "runs" / "served" / "servers").iterdir()) == [
+        folder / "runs" / "served" / "servers" / "server_0.log"
+    ]
+
+
+def test_a_run_one_step_ahead_resumes_with_the_questions_that_were_under_way(folder):
+    options = ("--rollout.max_staleness", "1", "--mismatch.correction", "tis", "--run.name", "ahead")
+    process = start(folder, *SERVER, *options)
+    output = signal_after_step(folder, process, "ahead", 4, signal.SIGTERM)
+    assert process.returncode == 0, output[-4000:]
+    assert "resumed" in run(folder, *SERVER, *options)
+    rows = metrics(folder, "ahead")[1:]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    staleness = [row["rollout/staleness_max"] for row in rows]
+    # Nothing was ahead of the first step of either part.
+    assert staleness.count(0.0) == 2
+    assert staleness[0] == 0.0
+    assert set(staleness) == {0.0, 1.0}
+    assert all(row["mismatch/weight_mean"] == pytest.approx(1, abs=0.2) for row in rows)
 
 
 def test_mismatch_beyond_the_threshold_ends_the_run_in_one_line(folder):

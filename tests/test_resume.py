@@ -23,7 +23,18 @@ def changed(section: str, **values: object) -> TrainConfig:
         ("run", {"seed": 7}, ["run.seed 1234 -> 7"]),
         ("actor", {"tp": 2, "pp": 2, "sequence_parallel": True, "micro_batch_tokens": 1}, []),
         ("actor", {"mini_batches": 2}, ["actor.mini_batches 1 -> 2"]),
-        ("rollout", {"tp": 2, "max_num_seqs": 1, "kv_cache_gib": 1.0, "gpu_memory_utilization": 0.1}, []),
+        (
+            "rollout",
+            {
+                "placement": "server",
+                "servers": 2,
+                "tp": 2,
+                "max_num_seqs": 1,
+                "kv_cache_gib": 1.0,
+                "gpu_memory_utilization": 0.1,
+            },
+            [],
+        ),
         ("rollout", {"engine": "megatron"}, ['rollout.engine "vllm" -> "megatron"']),
         ("algorithm", {"estimator": "grpo"}, ['algorithm.estimator "riskpo" -> "grpo"']),
         ("data", {"options": {"max_terms": 3}}, ["data.options.max_terms (not set) -> 3"]),
@@ -119,3 +130,11 @@ def test_hash_is_of_the_values() -> None:
     config = resolved(TrainConfig())
     assert config_hash(config) == config_hash(dict(reversed(config.items())))
     assert config_hash(config) != config_hash(resolved(changed("optimizer", lr=1.0)))
+
+
+def test_steps_begun_ahead_do_not_outlast_another_batch_size():
+    state = STATE | {"stream": {"position": 8, "ahead": {"6": [1, 2]}}}
+    kept, anew = without_outdated(state, ("data.prompts_per_step",))
+    assert kept["stream"] == {"position": 8, "ahead": {}}
+    assert anew == ["steps sampled ahead, whose questions are passed over"]
+    assert without_outdated(state, ("optimizer.lr",)) == (state, [])

@@ -21,8 +21,8 @@ from tests.distributed.advantage_cases import DigitTokenizer
 
 def trainer(config: TrainConfig, **parts: Any) -> Trainer:
     """With nothing but the given parts."""
-    names = ("actor", "engine", "bridge", "pool", "tokenizer", "train_set", "held_out", "stream", "stop_token_ids",
-             "stop", "observer", "run_dir", "saver", "objective")  # fmt: skip
+    names = ("actor", "engine", "bridge", "pool", "tokenizer", "train_set", "held_out", "source", "stop", "observer",
+             "run_dir", "saver", "objective")  # fmt: skip
     return Trainer(config=config, **(dict.fromkeys(names) | parts), step=3)  # type: ignore[arg-type]
 
 
@@ -138,16 +138,16 @@ def test_speed_of_an_update_counts_prompts_and_responses_over_all_ranks():
 def test_a_checkpoint_takes_the_evaluation_and_what_the_next_step_depends_on_along():
     saved = []
     saver = SimpleNamespace(save=lambda *args: saved.append(args))
-    stateful = {name: SimpleNamespace(state_dict=lambda name=name: {name: 1}) for name in ("stream", "objective")}
+    stateful = {name: SimpleNamespace(state_dict=lambda name=name: {name: 1}) for name in ("source", "objective")}
     one = trainer(TrainConfig(), saver=saver, **stateful)
     one.save({"reward/mean": 0.5, "eval/heldout/pass@1": 0.25})
-    state = {"step": 3, "stream": {"stream": 1}, "objective": {"objective": 1}}
+    state = {"step": 3, "stream": {"source": 1}, "objective": {"objective": 1}}
     assert saved == [(3, None, state, {"eval/heldout/pass@1": 0.25})]
 
 
 def test_a_data_position_that_is_not_there_starts_anew():
     loaded = []
-    parts = {name: SimpleNamespace(load_state_dict=loaded.append) for name in ("stream", "objective")}
+    parts = {name: SimpleNamespace(load_state_dict=loaded.append) for name in ("source", "objective")}
     one = trainer(TrainConfig(), **parts)
     one.restore({"step": 7, "stream": None, "objective": "objective"})
     one.restore({"step": 7, "stream": "stream", "objective": "objective"})

@@ -79,6 +79,7 @@ class Actor:
         self._offloaded = OffloadedState(self.optimizer) if config.offload_optimizer else None
         self.guarded = GuardedOptimizer(self.optimizer, optimizer.max_skipped_steps, grid)
         self.num_optimizer_steps = 0
+        self._release_gradients()
 
     @classmethod
     def from_hf(cls, model_dir: str | Path, config: ActorConfig, optimizer: OptimizerConfig, dtype: torch.dtype,
@@ -129,6 +130,8 @@ class Actor:
         and its metrics. Raises RunError, on every rank, after too many steps without finite gradients."""
         plan = self._plan(rollouts)
         for chunk in self.model:
+            if self.config.offload_gradients:
+                chunk.restore_grad_buffers(synchronize=False)
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(rollouts, plan, temperature, loss)
@@ -137,11 +140,18 @@ class Actor:
         )
         with self.optimizer_state():
             grad_norm, taken = self.guarded.step(self.num_optimizer_steps, named_parameters(self.chunks))
+        self._release_gradients()
         # A skipped step counts as well: the learning rate is a function of the RL step, whatever became of it.
         self.num_optimizer_steps += 1
         logprobs = gather_logprobs([r.pop("logprobs") for r in results], plan, rollouts, self.grid)
         health = {"actor/grad_norm": grad_norm, "actor/skipped_steps": float(not taken)}
         return logprobs, sum_metrics(results, self.grid) | health
+
+    def _release_gradients(self) -> None:
+        """With actor.offload_gradients: their tensors stay, without memory, until the next step."""
+        if self.config.offload_gradients:
+            for chunk in self.model:
+                chunk.offload_grad_buffers(synchronize=self.grid.device.type == "cuda")
 
     def optimizer_state(self) -> AbstractContextManager[None]:
         """What has to be around every use of the optimizer's state: an offloaded one is on the device in the body."""

@@ -141,13 +141,28 @@ def _gpu_of(env: RankEnv, num_gpus: int) -> int:
 def die_with_launcher() -> None:
     """Called first in a rank: if `launch` started this process, have the kernel kill it when the launcher dies."""
     launcher = os.environ.get(_LAUNCHER_PID)
-    if launcher is None or sys.platform != "linux":
+    if launcher is not None:
+        die_with_parent(int(launcher))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, of that process id, dies (Linux; elsewhere nothing)."""
+    if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1  # <linux/prctl.h>
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != int(launcher):
+    if os.getppid() != parent:
         # It died before the line above.
         os._exit(1)
+
+
+def child_environment() -> dict[str, str]:
+    """For a process that this one starts to be no rank, but to end with it (`die_with_launcher`)."""
+    rank_variables = (*_TORCHRUN_VARIABLES, "LOCAL_WORLD_SIZE", _STORE_FD, _ERROR_FD)
+    environment = {name: value for name, value in os.environ.items() if name not in rank_variables}
+    # Slurm's variables of the step would make it a rank again.
+    environment = {name: value for name, value in environment.items() if not name.startswith("SLURM_")}
+    return environment | {_LAUNCHER_PID: str(os.getpid())}
 
 
 def report_error(message: str, exit_code: int, *, expected: bool) -> None:

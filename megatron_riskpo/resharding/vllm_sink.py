@@ -86,13 +86,10 @@ class WeightSink:
 
     def riskpo_begin_update(self) -> None:
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._riskpo_weight_version = -1
-        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            _forget_expert_kernels(model)
-            initialize_layerwise_reload(model)
+            begin_update(self.model_runner.get_model())
 
     def riskpo_load_bucket(self, bucket: list[NamedTensor]) -> None:
         from vllm.config import set_current_vllm_config
@@ -102,16 +99,30 @@ class WeightSink:
 
     def riskpo_finish_update(self, version: int) -> None:
         from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(model, self.model_config)
-            _repack_embeddings(model)
+            finish_update(self.model_runner.get_model(), self.model_config)
         self._riskpo_weight_version = version
 
     def riskpo_get_version(self) -> int:
         return self._riskpo_weight_version
+
+
+def begin_update(model: nn.Module) -> None:
+    """Prepare a model for new weights; then `model.load_weights` for each bucket, then `finish_update`. All three in
+    the worker, inside `set_current_vllm_config`."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    _forget_expert_kernels(model)
+    initialize_layerwise_reload(model)
+
+
+def finish_update(model: nn.Module, model_config: Any) -> None:
+    """The weights are complete: bring them into the form that vLLM computes with."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+    _repack_embeddings(model)
 
 
 def _on_cpu() -> bool:

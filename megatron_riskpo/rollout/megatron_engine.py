@@ -56,6 +56,9 @@ class MegatronEngine:
         """Note the version. `weights` are not read: they are the module's own, already there."""
         self._weight_version = version
 
+    def release(self) -> None:
+        """Nothing is held between calls."""
+
     def close(self) -> None:
         """Nothing is held between calls."""
 
@@ -81,7 +84,7 @@ class MegatronEngine:
         for rows in plan_batches(lengths, self._max_num_seqs, sampling.max_response_tokens):
             batch = DecodingBatch([prompts[row // sampling.group_size] for row in rows], uniforms[rows], sampling)
             self._decode(batch, [row // sampling.group_size for row in rows])
-            parts.append(batch.responses())
+            parts.append(batch.responses(self._weight_version))
             order.extend(rows)
         return _in_row_order(parts, order)
 
@@ -191,8 +194,8 @@ class DecodingBatch:
         """int64 [cached rows, 1]: what the model has not seen yet."""
         return self.tokens[self._cached, self.position - 1, None]
 
-    def responses(self) -> Responses:
-        """One a row."""
+    def responses(self, version: int) -> Responses:
+        """One a row, sampled with weights of `version`."""
         columns = np.arange(self._max_response)
         real = columns < self._response_lengths[:, None]
         tokens = np.take_along_axis(self.tokens, self._prompt_lengths[:, None] + columns, axis=1)
@@ -201,6 +204,7 @@ class DecodingBatch:
             finished=torch.from_numpy(self._finished).int(),
             tokens=torch.from_numpy(tokens[real]).int(),
             logprobs=torch.from_numpy(self._logprobs[real]),
+            versions=torch.full((int(real.sum()),), version, dtype=torch.int32),
         )
 
 
@@ -208,14 +212,13 @@ def _in_row_order(parts: Sequence[Responses], order: Sequence[int]) -> Responses
     """Batches' responses, whose i-th sequence is row order[i], as one with rows 0, 1, ..."""
     if not parts:
         empty = torch.empty(0, dtype=torch.int32)
-        return Responses(empty, empty, empty, torch.empty(0, dtype=torch.float32))
+        return Responses(empty, empty, empty, torch.empty(0, dtype=torch.float32), empty)
     merged = Responses.concatenate(parts)
     index = np.argsort(order)
     lengths = merged.lengths.tolist()
-    tokens, logprobs = merged.tokens.split(lengths), merged.logprobs.split(lengths)
+    flat = {name: getattr(merged, name).split(lengths) for name in ("tokens", "logprobs", "versions")}
     return Responses(
         lengths=merged.lengths[index],
         finished=merged.finished[index],
-        tokens=torch.cat([tokens[i] for i in index]),
-        logprobs=torch.cat([logprobs[i] for i in index]),
+        **{name: torch.cat([pieces[i] for i in index]) for name, pieces in flat.items()},
     )

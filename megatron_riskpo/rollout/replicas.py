@@ -1,7 +1,7 @@
 """Prompts dealt to engine replicas, responses gathered from them: every rank ends up with the whole batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -23,21 +23,24 @@ class Responses:
     """int32 [T]."""
     logprobs: Tensor
     """float32 [T]."""
+    versions: Tensor
+    """int32 [T]: version of the weights that each token was sampled with."""
 
     def pack(self) -> Tensor:
-        """int32 [2N + 2T]: one message, the log-probs as their bits."""
-        return torch.cat([self.lengths, self.finished, self.tokens, self.logprobs.view(torch.int32)])
+        """int32 [2N + 3T]: one message, the log-probs as their bits."""
+        return torch.cat([self.lengths, self.finished, self.tokens, self.logprobs.view(torch.int32), self.versions])
 
     @staticmethod
     def unpack(message: Tensor, num_sequences: int) -> "Responses":
-        num_tokens = message.numel() // 2 - num_sequences
-        lengths, finished, tokens, bits = message.split([num_sequences, num_sequences, num_tokens, num_tokens])
-        return Responses(lengths, finished, tokens, bits.contiguous().view(torch.float32))
+        num_tokens = (message.numel() - 2 * num_sequences) // 3
+        sizes = [num_sequences, num_sequences, num_tokens, num_tokens, num_tokens]
+        lengths, finished, tokens, bits, versions = message.split(sizes)
+        return Responses(lengths, finished, tokens, bits.contiguous().view(torch.float32), versions)
 
     @staticmethod
     def concatenate(parts: Sequence["Responses"]) -> "Responses":
-        fields = ("lengths", "finished", "tokens", "logprobs")
-        return Responses(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+        names = [item.name for item in fields(Responses)]
+        return Responses(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def slice_of(num_items: int, num_parts: int, part: int) -> slice:
@@ -89,4 +92,5 @@ def join_prompts(prompts: Sequence[Sequence[int]], group_size: int, responses: R
         response_lengths=responses.lengths.long(),
         rollout_logprobs=responses.logprobs,
         finished=responses.finished.bool(),
+        weight_versions=responses.versions,
     )

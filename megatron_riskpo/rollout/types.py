@@ -40,6 +40,8 @@ class Rollouts:
     (temperature applied)."""
     finished: Tensor
     """bool [N]: ended with a stop token (False: cut at the maximum length)."""
+    weight_versions: Tensor | None = None
+    """int32 [num_response_tokens]: version of the weights that each token was sampled with; None: not sampled."""
 
     @property
     def num_sequences(self) -> int:
@@ -65,19 +67,26 @@ class Rollouts:
     def select(self, rows: Sequence[int]) -> "Rollouts":
         """The given sequences, in the given order."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        sequences, logprobs = self.sequences(), self.split_by_response(self.rollout_logprobs)
+        versions = self.weight_versions
         return Rollouts(
-            tokens=torch.cat([sequences[i] for i in rows]) if len(rows) else self.tokens[:0],
+            tokens=_pick(self.sequences(), rows, self.tokens),
             prompt_lengths=self.prompt_lengths[index],
             response_lengths=self.response_lengths[index],
-            rollout_logprobs=torch.cat([logprobs[i] for i in rows]) if len(rows) else self.rollout_logprobs[:0],
+            rollout_logprobs=_pick(self.split_by_response(self.rollout_logprobs), rows, self.rollout_logprobs),
             finished=self.finished[index],
+            weight_versions=None if versions is None else _pick(self.split_by_response(versions), rows, versions),
         )
 
     @classmethod
     def concat(cls, parts: "Sequence[Rollouts]") -> "Rollouts":
-        """All sequences of the parts, in order; at least one part."""
-        return cls(**{item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(cls)})
+        """All sequences of the parts, in order; at least one part. Versions that one part lacks are left out."""
+        columns = {item.name: [getattr(part, item.name) for part in parts] for item in fields(cls)}
+        known = {name: column for name, column in columns.items() if all(part is not None for part in column)}
+        return cls(**{name: torch.cat(column) for name, column in known.items()})
+
+
+def _pick(pieces: Sequence[Tensor], rows: Sequence[int], whole: Tensor) -> Tensor:
+    return torch.cat([pieces[i] for i in rows]) if len(rows) else whole[:0]
 
 
 class RolloutEngine(Protocol):
@@ -100,6 +109,10 @@ class RolloutEngine(Protocol):
     @property
     def weight_version(self) -> int:
         """The version of the last complete update; -1 before the first."""
+        ...
+
+    def release(self) -> None:
+        """No `generate` comes before the next `update_weights`: memory that the trainer can use may go back."""
         ...
 
     def close(self) -> None:

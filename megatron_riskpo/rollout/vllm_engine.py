@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +19,7 @@ from megatron_riskpo.resharding.vllm_sink import checkpoint_shapes, push_weights
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
+from megatron_riskpo.rollout.vllm_arguments import engine_arguments, request_seeds
 from megatron_riskpo.rollout.vllm_environment import (
     import_vllm,
     kept_default_group,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 _USER_ARGUMENTS = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization")
-# Tokens in one forward pass on the CPU, unless a single sequence has more.
-_BATCHED_TOKENS = 8192
 _WEIGHT_SINK = "megatron_riskpo.resharding.vllm_sink.WeightSink"
 
 
@@ -68,11 +66,12 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._bucket_bytes = int(bucket_mib * 2**20)
         self._weight_version = -1
+        self._may_sleep, self._is_asleep = config.sleep, False
         self._unusable = "" if load_checkpoint else "has no weights yet; call update_weights first"
         self._shapes = checkpoint_shapes(model_dir)
         prepare_environment(world_group.rank())
-        arguments = _engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
-        self._llm = _build(str(model_dir), arguments | _platform_arguments(config, max_model_len, world_group))
+        arguments = engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
+        self._llm = _build(str(model_dir), arguments | _in_process_arguments(world_group, config.sleep))
         self._vocab_size = self._llm.model_config.get_vocab_size()
 
     @property
@@ -89,7 +88,7 @@ class VllmEngine:
         num_replicas, replica = self._group.size() // self._tp, self._group.rank() // self._tp
         mine = slice_of(len(prompts), num_replicas, replica)
         outputs = self._run(prompts[mine], sampling, seeds[mine])
-        local = _to_responses(outputs)
+        local = _to_responses(outputs, self._weight_version)
         return join_prompts(
             prompts,
             sampling.group_size,
@@ -144,16 +143,19 @@ class VllmEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See RolloutEngine. Tensors must stay unchanged until this returns. A push that fails in any way leaves
         the engine unusable: RunError, now and at every later call. Collective."""
-        if self._unusable and self._weight_version != -1:
+        if self._unusable and self._weight_version != -1 and not self._is_asleep:
             self._check_usable()
         self._unusable = f"is half-updated (push of version {version} did not end); restart from the last checkpoint"
         try:
+            self._wake("weights")
             push_weights(self._llm, weights, version, shapes=self._shapes, bucket_bytes=self._bucket_bytes)
         except RunError:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
             raise RunError(f"vLLM refused weights of version {version}: {type(error).__name__}: {reason}") from error
+        self._wake("kv_cache")
+        self._is_asleep = False
         self._check_versions(version)
         self._weight_version = version
         self._unusable = ""
@@ -165,6 +167,19 @@ class VllmEngine:
         dist.all_gather_object(versions, own, group=self._group)
         if set(versions) != {version}:
             raise RunError(f"weights of version {version} were pushed, but the ranks' vLLM workers hold {versions}")
+
+    def release(self) -> None:
+        """With rollout.sleep, give the memory of weights and KV cache back, until the next `update_weights`."""
+        if self._may_sleep and not self._is_asleep:
+            # Level 2: the weights are not kept, new ones come before they are needed.
+            self._llm.sleep(level=2)
+            self._is_asleep = True
+            self._unusable = "sleeps until it gets weights; call update_weights first"
+
+    def _wake(self, what: str) -> None:
+        """Part by part: weights and cache together may not fit beside what the export holds."""
+        if self._is_asleep:
+            self._llm.wake_up(tags=[what])
 
     def close(self) -> None:
         """Free the engine's memory; the default process group and the trainer's groups stay usable."""
@@ -180,44 +195,18 @@ class VllmEngine:
             raise RunError(f"the vLLM engine {self._unusable}")
 
 
-def request_seeds(seed: int, group_size: int) -> list[int]:
-    """One seed (0 <= seed < 2**63) a response. vLLM's own n > 1 takes seed, seed + 1, ...: prompts with neighbouring
-    seeds would share random numbers."""
-    return (np.random.SeedSequence(seed).generate_state(group_size, np.uint64) >> np.uint64(1)).tolist()
-
-
-def _engine_arguments(
-    config: RolloutConfig, dtype: str, max_model_len: int, seed: int, load_checkpoint: bool
-) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "tensor_parallel_size": config.tp,
+def _in_process_arguments(group: ProcessGroup, sleep: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
         "distributed_executor_backend": "external_launcher",
         "worker_extension_cls": _WEIGHT_SINK,
-        "load_format": "auto" if load_checkpoint else "dummy",
-        "logprobs_mode": "processed_logprobs",  # temperature applied
-        "generation_config": "vllm",  # the checkpoint's generation_config.json must not change the sampling
-        "skip_tokenizer_init": True,
-        "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "seed": seed,
+        "enable_sleep_mode": sleep,
     }
-
-
-def _platform_arguments(config: RolloutConfig, max_model_len: int, group: ProcessGroup) -> dict[str, Any]:
     if torch.cuda.is_available():
-        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+        return arguments
     name = [f"riskpo-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, group=group, group_src=0)
-    return {
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        "enforce_eager": True,
-        # After a part of a prompt vLLM rewinds the request's generator, which a CPU generator cannot do ("CPU
-        # Generator does not use offset"); so a prompt is taken whole, and the budget has to hold the longest.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_BATCHED_TOKENS, max_model_len),
+    return arguments | {
         "worker_cls": "megatron_riskpo.rollout.vllm_cpu_worker.IsolatedCpuWorker",
         "additional_config": {"shared_memory_name": name[0]},
     }
@@ -266,7 +255,7 @@ def _flat(logprobs: Any) -> list[float]:
     return logprobs.logprobs
 
 
-def _to_responses(outputs: "list[RequestOutput]") -> Responses:
+def _to_responses(outputs: "list[RequestOutput]", version: int) -> Responses:
     completions = [output.outputs[0] for output in outputs]
     tokens = list(itertools.chain.from_iterable(c.token_ids for c in completions))
     logprobs = list(itertools.chain.from_iterable(_flat(c.logprobs) for c in completions))
@@ -275,4 +264,5 @@ def _to_responses(outputs: "list[RequestOutput]") -> Responses:
         finished=torch.tensor([c.finish_reason == "stop" for c in completions], dtype=torch.int32),
         tokens=torch.tensor(tokens, dtype=torch.int32),
         logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        versions=torch.full((len(tokens),), version, dtype=torch.int32),
     )

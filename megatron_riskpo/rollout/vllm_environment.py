@@ -18,13 +18,18 @@ import torch.distributed as dist
 
 from megatron_riskpo.errors import UsageError
 
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 _DEFAULTS = {
     # The engine runs in this process: with engine processes of its own the weights would have to be serialised.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
+    **_QUIET,
+}
+_SERVER_DEFAULTS = {
+    # The endpoints that pause a server and give it weights.
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    **_QUIET,
 }
 _CHILD_VARIABLES = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
 
@@ -41,6 +46,15 @@ def prepare_environment(rank: int) -> None:
     # vLLM's external_launcher reads both, also when the default process group is there already.
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device()) if torch.cuda.is_available() else "0")
+
+
+def prepare_server_environment() -> None:
+    """The same for a server, whose engine has a process of its own."""
+    for name, value in _SERVER_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        # vLLM compiles one line of its sampler (the rank of a token) at the first call: 3 to 36 s and a C++ compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def import_vllm() -> ModuleType:

@@ -128,6 +128,7 @@ def test_no_layout_fits_where_none_can(toml) -> None:
     assert search(config_of(toml), big, 2, H100) == []
 
 
+SERVER = ("--rollout.placement", "server")
 WRONG = {
     "bounds": (["--actor.tp", "0"], 1, {}),
     "run_name": (["--run.name", "a/b"], 1, {}),
@@ -149,6 +150,10 @@ WRONG = {
     "sequence_parallel": (["--actor.sequence_parallel", "true"], 1, {}),
     "engine_layout": (["--actor.cp", "2"], 2, {}),
     "engine_split": (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, {}),
+    "placement": (["--rollout.max_staleness", "1"], 1, {}),
+    "server_urls": (["--rollout.engine", "vllm", *SERVER, "--rollout.server_urls", "ftp://x"], 1, {}),
+    "staleness_correction": (["--rollout.engine", "vllm", *SERVER, "--rollout.max_staleness", "1"], 1, {}),
+    "sleep": (["--rollout.sleep", "true"], 1, {}),
     "lengths": (["--rollout.max_response_tokens", "9000"], 1, {}),
     "pass_at_k": (["--evaluation.ks", "9"], 1, {}),
     "keep_every": (["--checkpoint.keep_every", "7"], 1, {}),
@@ -180,8 +185,9 @@ def test_plan_refuses_in_the_words_of_train(rule: str, tmp_path: Path, toml, cap
 
 
 def test_every_rule_is_tried_but_those_of_the_machine() -> None:
-    assert {rule.__name__ for rule in TRAIN_RULES} - set(WRONG) == {"engine_available", "model_folder"}
-    assert {rule.__name__ for rule in TRAIN_RULES} - {rule.__name__ for rule in PLAN_RULES} == {"engine_available"}
+    of_machine = {"engine_available", "transfer_dir", "sleep_device"}
+    assert {rule.__name__ for rule in TRAIN_RULES} - set(WRONG) == of_machine | {"model_folder"}
+    assert {rule.__name__ for rule in TRAIN_RULES} - {rule.__name__ for rule in PLAN_RULES} == of_machine
 
 
 def test_the_command(tmp_path: Path, toml) -> None:

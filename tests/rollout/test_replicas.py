@@ -18,6 +18,7 @@ def test_packing_keeps_every_bit():
         finished=torch.tensor([1, 0, 0], dtype=torch.int32),
         tokens=torch.tensor([7, 1, 2**31 - 1], dtype=torch.int32),
         logprobs=torch.tensor([-1.1, -0.0, -float("inf")]),
+        versions=torch.tensor([3, 4, -1], dtype=torch.int32),
     )
     back = Responses.unpack(responses.pack(), num_sequences=3)
     for name, value in vars(responses).items():
@@ -30,7 +31,10 @@ def test_each_response_follows_its_own_prompt():
         finished=torch.tensor([1, 0, 0, 1], dtype=torch.int32),
         tokens=torch.tensor([1, 2, 3, 4, 5], dtype=torch.int32),
         logprobs=torch.arange(5.0),
+        versions=torch.tensor([0, 1, 2, 2, 3], dtype=torch.int32),
     )
     rollouts = join_prompts([[10], [20, 21]], group_size=2, responses=responses)
     assert [s.tolist() for s in rollouts.sequences()] == [[10, 1], [10, 2, 3], [20, 21, 4], [20, 21, 5]]
     assert rollouts.finished.tolist() == [True, False, False, True]
+    assert rollouts.weight_versions.tolist() == [0, 1, 2, 2, 3]
+    assert rollouts.select([3, 1]).weight_versions.tolist() == [3, 1, 2]

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron_riskpo.config import RolloutConfig
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
-from megatron_riskpo.rollout.vllm_engine import VllmEngine, request_seeds
+from megatron_riskpo.rollout.vllm_arguments import request_seeds
+from megatron_riskpo.rollout.vllm_engine import VllmEngine
 from megatron_riskpo.rollout.vllm_environment import import_vllm, prepare_environment
 from tests.distributed.ranks import run_on_ranks
 from tests.rollout import vllm_ranks

@@ -1,0 +1,76 @@
+"""Rules about rollout servers and asynchrony (config_checks.py joins them to the others)."""
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_riskpo.config_rules import Rule, Setup
+
+
+def placement(setup: Setup) -> str | None:
+    rollout = setup.config.rollout
+    if rollout.placement == "server":
+        if rollout.engine != "vllm":
+            return f'rollout.placement = "server" needs rollout.engine = "vllm", not "{rollout.engine}"'
+        return None
+    if rollout.max_staleness:
+        return (
+            f"rollout.max_staleness = {rollout.max_staleness} needs servers that sample while the step trains; set "
+            'rollout.placement to "server", or max_staleness to 0'
+        )
+    if rollout.server_urls:
+        return 'rollout.server_urls has no effect on rollout.placement = "colocated"; set it to "server"'
+    return None
+
+
+def server_urls(setup: Setup) -> str | None:
+    urls = setup.config.rollout.server_urls
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            return f"rollout.server_urls: {url!r} is no address of a server; write http://HOST:PORT"
+    if len(set(urls)) < len(urls):
+        return f"rollout.server_urls names a server twice: {sorted(urls)}"
+    return None
+
+
+def transfer_dir(setup: Setup) -> str | None:
+    folder = setup.config.server.transfer_dir
+    if setup.config.rollout.placement == "server" and folder and not Path(folder).is_dir():
+        return f"server.transfer_dir = {folder} is no folder; make it, on a file system that the servers see too"
+    return None
+
+
+def staleness_correction(setup: Setup) -> str | None:
+    """Samples of older weights need the ratio to the policy that made them, somewhere."""
+    config = setup.config
+    uncorrected = config.mismatch.correction == "none" and config.actor.old_logprobs == "recompute"
+    if config.rollout.max_staleness and uncorrected:
+        return (
+            f"rollout.max_staleness = {config.rollout.max_staleness} trains on samples of older weights, which nothing "
+            'corrects for; set mismatch.correction to "tis" (or "mis"), or actor.old_logprobs to "rollout"'
+        )
+    return None
+
+
+def sleep(setup: Setup) -> str | None:
+    rollout = setup.config.rollout
+    if not rollout.sleep:
+        return None
+    if rollout.placement == "server" or rollout.engine != "vllm":
+        return (
+            "rollout.sleep is for vLLM in the training processes, whose memory they share; set it to false, or "
+            'rollout.engine to "vllm" and rollout.placement to "colocated"'
+        )
+    return None
+
+
+def sleep_device(setup: Setup) -> str | None:
+    if not setup.config.rollout.sleep:
+        return None
+    # Imported here: torch takes seconds, and few runs have the option.
+    import torch
+
+    return None if torch.cuda.is_available() else "rollout.sleep needs a GPU, vLLM on the CPU cannot; set it to false"
+
+
+SERVER_RULES: tuple[Rule, ...] = (placement, server_urls, transfer_dir, staleness_correction, sleep, sleep_device)

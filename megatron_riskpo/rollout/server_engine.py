@@ -1,0 +1,301 @@
+"""RolloutEngine on vLLM servers: every rank asks for its share of the responses, rank 0 pushes the weights.
+
+Requests run in a thread with an event loop of its own, so that they go on while the ranks train. Collectives, and the
+start of server processes, are the calling thread's.
+"""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.config_checks import max_sequence_length
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
+from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
+from megatron_riskpo.rollout.loop_thread import LoopThread
+from megatron_riskpo.rollout.prompt_checks import check_prompts
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
+from megatron_riskpo.rollout.server_client import ServerClient, ServerError
+from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
+from megatron_riskpo.rollout.server_pool import Response, ServerPool
+from megatron_riskpo.rollout.server_process import ServerProcess, server_processes
+from megatron_riskpo.rollout.server_push import Push
+from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
+from megatron_riskpo.rollout.vllm_arguments import request_seeds
+
+Weights = Iterable[NamedTensor]
+
+_PROBE_S = 5.0
+"""A server that was given up is asked for so long whether it is back, each time that weights are pushed."""
+
+
+@dataclass
+class PendingRollouts:
+    """A `submit` that was not collected yet."""
+
+    prompts: list[list[int]]
+    sampling: SamplingConfig
+    responses: list[Response]
+    """This rank's."""
+    future: "Future[list[str]]"
+    """Errors that end the run; of those that no server could finish there is none."""
+
+
+@dataclass(frozen=True)
+class PushOutcome:
+    """What rank 0 tells the others."""
+
+    urls: list[str]
+    """Servers that have the weights."""
+    failed: dict[str, str]
+    """The others that were tried, and why not."""
+    error: str = ""
+    """Ends the run."""
+
+
+class ServerEngine:
+    """RolloutEngine. `export`: the actor's weights as they are, collective, for servers that have to be given them
+    again; whenever the engine is called they are those of the last `update_weights`."""
+
+    shares_weights = False
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        vocab_size: int,
+        world_group: ProcessGroup,
+        folder: Path,
+        export: Callable[[], Weights],
+        log: Callable[[str], None],
+    ) -> None:
+        """Start the servers, or look for those given; waits until they are healthy. `folder`: for their logs.
+        Collective. Raises RunError, on every rank, where one does not start."""
+        self._config, self._group, self._export, self._log = config, world_group, export, log
+        self._vocab_size = vocab_size
+        self._max_model_len = max_sequence_length(config)
+        self._weight_version = -1
+        self._shapes = checkpoint_shapes(config.model.path)
+        self._stack = contextlib.ExitStack()
+        self._loop = LoopThread()
+        self._stack.callback(self._loop.close)
+        session = self._loop.run(_open_session())
+        self._stack.callback(lambda: self._loop.run(session.close()))
+        says = log if world_group.rank() == 0 else _say_nothing
+        self._pool = ServerPool(lambda url: ServerClient(url, session), config.server, says)
+        self._loop.submit(self._pool.watch())
+        self._fleet: ServerFleet | None = None
+        hosts = [""] * world_group.size()
+        dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
+        self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
+        # First of all at the end: requests under way would take the end of the servers for a failure.
+        self._stack.callback(self._loop.cancel_all)
+
+    def _start_fleet(self, folder: Path, hosts: list[str]) -> str:
+        """Rank 0's; what went wrong. `hosts`: of the ranks."""
+        urls = [url.rstrip("/") for url in self._config.rollout.server_urls]
+        try:
+            self._folder = self._stack.enter_context(transfer_folder(self._config.server.transfer_dir))
+            processes = [] if urls else server_processes(self._config, folder, hosts)
+            self._fleet = ServerFleet(processes, urls, self._log)
+            self._stack.callback(self._fleet.close)
+            self._fleet.wait_for_all()
+            return self._refused(urls)
+        except (RunError, OSError) as error:
+            return str(error)
+
+    def _refused(self, urls: Sequence[str]) -> str:
+        """What to say of given servers that do not answer, or cannot take weights."""
+        ready = self._loop.run(self._pool.ready_at(urls, self._config.server.health_timeout_s))
+        bad = sorted(set(urls) - {server.client.url for server in ready})
+        if not bad:
+            return ""
+        return (
+            f"rollout.server_urls: no healthy server at {', '.join(bad)} (or one in which a push broke off); start it "
+            "anew with riskpo serve"
+        )
+
+    @property
+    def processes(self) -> dict[str, ServerProcess]:
+        """Rank 0's: the servers that it started and that are up, by address."""
+        return {} if self._fleet is None else self._fleet.processes
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the last complete push; -1 before the first."""
+        return self._weight_version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
+        """See RolloutEngine. Seeds fix the tokens whichever server answers; the batches that it forms may change the
+        last bits of log-probs."""
+        return self.collect(self.submit(prompts, sampling, seeds))
+
+    def submit(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> PendingRollouts:
+        """Ask for responses to this rank's share of the prompts (all ranks call it with the same); does not wait."""
+        check_prompts(prompts, sampling.max_response_tokens, self._max_model_len, self._vocab_size)
+        mine = slice_of(len(prompts), self._group.size(), self._group.rank())
+        responses = [
+            Response(prompt, request_seed, self._weight_version)
+            for prompt, seed in zip(prompts[mine], seeds[mine], strict=True)
+            for request_seed in request_seeds(seed, sampling.group_size)
+        ]
+        future = self._loop.submit(self._pool.complete_all(responses, sampling))
+        return PendingRollouts([list(prompt) for prompt in prompts], sampling, responses, future)
+
+    def collect(self, pending: PendingRollouts) -> Rollouts:
+        """The rollouts, whole on every rank. Collective. Servers that fail meanwhile are started again and given the
+        weights again, where no other can take over. Raises RunError, on every rank, where that does not help."""
+        for _ in range(1 + self._config.server.max_restarts):
+            self._finish_local(pending)
+            unfinished = self._settle(pending)
+            if not unfinished:
+                local = _to_responses(pending.responses)
+                gathered = gather_responses(local, len(pending.prompts), pending.sampling.group_size, 1, self._group)
+                return join_prompts(pending.prompts, pending.sampling.group_size, gathered)
+            self.update_weights(self._export(), self._weight_version)
+        raise RunError(
+            f"{unfinished} responses could not be sampled, with {self._config.server.max_restarts} restarts of the "
+            f"servers ({self._reasons()})"
+        )
+
+    def _finish_local(self, pending: PendingRollouts) -> None:
+        """Wait; what servers that failed before left undone is asked for once more."""
+        pending.future.result()
+        if any(not response.reason for response in pending.responses) and self._pool.usable:
+            pending.future = self._loop.submit(self._pool.complete_all(pending.responses, pending.sampling))
+            pending.future.result()
+
+    def _settle(self, pending: PendingRollouts) -> int:
+        """Bring the ranks to one view: who failed for one is used by none. The number of unfinished responses over all
+        ranks; RunError, on every rank, for an error of any."""
+        errors = pending.future.result()
+        unfinished = sum(not response.reason for response in pending.responses)
+        usable = [server.client.url for server in self._pool.usable]
+        views: list[Any] = [None] * self._group.size()
+        dist.all_gather_object(views, (errors[:1], unfinished, usable), group=self._group)
+        shared = set(usable).intersection(*(urls for _, _, urls in views))
+        failed = [server.client.url for server in self._pool.servers if server.client.url not in shared]
+        self._loop.run(self._pool.give_up_for_all(failed))
+        if self._fleet is not None:
+            self._fleet.restart(failed)
+        first = next((errors[0] for errors, _, _ in views if errors), "")
+        if first:
+            raise RunError(first)
+        return sum(num for _, num, _ in views)
+
+    def update_weights(self, weights: Weights, version: int) -> None:
+        """See RolloutEngine. Requests under way stop, keep their tokens, and go on with the new weights. A server that
+        fails is not used until it has been started, and given the weights, again. Collective. Raises RunError, on every
+        rank, where no server is left."""
+        self._pool.newest_version = version
+        while True:
+            outcome = self._push(weights, version)
+            self._agree_on(outcome.error)
+            if outcome.urls:
+                break
+            weights = self._export()
+        self._loop.run(self._pool.admit(outcome.urls))
+        self._weight_version = version
+
+    def _push(self, weights: Weights, version: int) -> PushOutcome:
+        """Rank 0 sends, the others take part in the export."""
+        outcome = [PushOutcome([], {})]
+        if self._fleet is None:
+            for _ in weights:
+                pass
+        else:
+            outcome = [self._push_from_here(self._fleet, weights, version)]
+        dist.broadcast_object_list(outcome, group=self._group, group_src=0)
+        return outcome[0]
+
+    def _push_from_here(self, fleet: ServerFleet, weights: Weights, version: int) -> PushOutcome:
+        error = ""
+        push = None
+        try:
+            servers = self._loop.run(self._pool.ready_at(fleet.addresses(), _PROBE_S))
+            push = Push(servers, version, len(self._shapes), self._folder, self._config.server.push_timeout_s)
+            self._loop.run(push.start())
+            for bucket in bucketed(checked(weights, self._shapes), int(self._config.bridge.bucket_mib * 2**20)):
+                self._loop.run(push.send(bucket))
+            self._loop.run(push.finish())
+        except (RunError, OSError) as failure:
+            error = f"weights of version {version} could not be pushed: {failure}"
+            # The other ranks are in the export, which is collective.
+            for _ in weights:
+                pass
+        if push is None:
+            return PushOutcome([], {}, error)
+        if error:
+            self._loop.run(push.abandon())
+        for reason in push.failed.values():
+            self._log(f"rollout server given up: {reason}")
+        fleet.restart(list(push.failed))
+        urls = [server.client.url for server in push.alive]
+        if not urls and not error and not fleet.has_processes:
+            error = f"no rollout server is left: {'; '.join(push.failed.values()) or 'none is healthy'}"
+        return PushOutcome(urls, push.failed, error)
+
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Teacher-forced log-probs at temperature 1, as ScoringEngine, of one server: another one for each rank and
+        each version, so that all have their turn."""
+        check_prompts(sequences, 1, self._max_model_len, self._vocab_size)
+        usable = self._pool.usable
+        if not usable:
+            raise RunError(f"no rollout server is left: {self._reasons()}")
+        server = usable[(self._group.rank() + self._weight_version) % len(usable)]
+        try:
+            scores = self._loop.run(server.score_all(sequences, self._config.server.request_timeout_s))
+        except ServerError as error:
+            raise RunError(f"bridge.verify: {error}") from error
+        return [torch.tensor(row, dtype=torch.float32) for row in scores]
+
+    def release(self) -> None:
+        """The servers have memory of their own, and may be at work on the next step."""
+
+    def close(self) -> None:
+        """End the requests under way, and the servers that the run started."""
+        self._stack.close()
+
+    def _reasons(self) -> str:
+        return "; ".join(server.reason for server in self._pool.servers if server.reason)
+
+    def _agree_on(self, error: str) -> None:
+        """Raise rank 0's error on every rank; collective."""
+        shared = [error]
+        dist.broadcast_object_list(shared, group=self._group, group_src=0)
+        if shared[0]:
+            self.close()
+            raise RunError(shared[0])
+
+
+def _say_nothing(message: str) -> None:
+    """Rank 0 speaks for all."""
+
+
+async def _open_session() -> aiohttp.ClientSession:
+    # The pool bounds the number of requests.
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+
+def _to_responses(responses: Sequence[Response]) -> Responses:
+    flat = {name: [v for r in responses for v in getattr(r, name)] for name in ("tokens", "logprobs", "versions")}
+    return Responses(
+        lengths=torch.tensor([len(r.tokens) for r in responses], dtype=torch.int32),
+        finished=torch.tensor([r.reason == "stop" for r in responses], dtype=torch.int32),
+        tokens=torch.tensor(flat["tokens"], dtype=torch.int32),
+        logprobs=torch.tensor(flat["logprobs"], dtype=torch.float32),
+        versions=torch.tensor(flat["versions"], dtype=torch.int32),
+    )

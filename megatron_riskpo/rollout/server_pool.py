@@ -1,0 +1,250 @@
+"""Several servers as one: balanced, retried within bounds, watched; who fails is given up. Runs in one event loop."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_riskpo.config import ServerConfig
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.rollout.server_client import Segment, ServerClient, ServerError
+from megatron_riskpo.rollout.types import SamplingConfig
+
+BACKOFF_S = 0.25
+"""After the first failure of a server nothing is sent to it for so long; doubled with each further one."""
+
+
+class NoServersError(Exception):
+    """No server is left that may be used."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One server, as this rank sees it."""
+
+    client: ServerClient
+    usable: bool = False
+    """It has the current weights, and did not fail."""
+    reason: str = "has no weights yet"
+    """Why it may not be used."""
+    outstanding: int = 0
+    """Tokens, of prompts and still to come, of requests under way."""
+    failures: int = 0
+    """In a row; those of requests that were under way together count once."""
+    failed_at: float = -1.0
+    """When the last of them was counted (time.monotonic)."""
+    calls: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Under way; cancelled when the server is given up."""
+
+    @property
+    def ready_at(self) -> float:
+        """When something may be sent again (time.monotonic)."""
+        return self.failed_at + BACKOFF_S * 2 ** (self.failures - 1) if self.failures else 0.0
+
+    def give_up(self, reason: str) -> None:
+        """Use it no more, and wait no longer for what it was asked."""
+        if self.usable:
+            self.usable, self.reason = False, reason
+            for call in self.calls:
+                call.cancel()
+
+    def admit(self) -> None:
+        """It has the current weights."""
+        self.usable, self.reason, self.failures = True, "", 0
+
+    async def call(self, work: Coroutine[Any, Any, Any], *, cost: int = 0) -> Any:
+        """The result of one call; ServerError also where the server is given up meanwhile."""
+        task = asyncio.ensure_future(work)
+        self.calls.add(task)
+        self.outstanding += cost
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if task.cancelled() and self.reason:
+                raise ServerError(self.reason) from None
+            task.cancel()
+            raise
+        finally:
+            self.calls.discard(task)
+            self.outstanding -= cost
+
+    async def score_all(self, sequences: Sequence[Sequence[int]], timeout_s: float) -> list[list[float]]:
+        """`ServerClient.prompt_logprobs` of each."""
+        calls = (self.call(self.client.prompt_logprobs(sequence, timeout_s)) for sequence in sequences)
+        return await asyncio.gather(*calls)
+
+
+@dataclass
+class Response:
+    """One response, grown a segment at a time; a request that no server could finish stays as it is."""
+
+    prompt: Sequence[int]
+    seed: int
+    oldest_version: int
+    """Weights older than these are refused."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    reason: str = ""
+    """Empty while unfinished."""
+
+    def extend(self, segment: Segment, max_tokens: int) -> None:
+        """Add a segment; an aborted one leaves the response unfinished, unless it is full."""
+        self.tokens += segment.tokens
+        self.logprobs += segment.logprobs
+        self.versions += segment.versions
+        if segment.reason != "abort":
+            self.reason = segment.reason
+        elif len(self.tokens) == max_tokens:
+            self.reason = "length"
+
+
+class ServerPool:
+    """The servers of a run, those of the last push. `newest_version`: of the weights that were pushed last, or are
+    being pushed."""
+
+    def __init__(
+        self, connect: Callable[[str], ServerClient], config: ServerConfig, log: Callable[[str], None]
+    ) -> None:
+        self.servers: list[Server] = []
+        self.newest_version = -1
+        self._connect = connect
+        self._config, self._log = config, log
+        self._slots = asyncio.Semaphore(config.max_concurrent)
+
+    @property
+    def usable(self) -> list[Server]:
+        return [server for server in self.servers if server.usable]
+
+    def _at(self, urls: Sequence[str]) -> list[Server]:
+        """Those in use, and new ones for the other addresses."""
+        known = {server.client.url: server for server in self.usable}
+        return [known.get(url) or Server(self._connect(url)) for url in urls]
+
+    async def ready_at(self, urls: Sequence[str], timeout_s: float) -> list[Server]:
+        """Those in use, and the others that are ready for weights."""
+        servers = self._at(urls)
+        answers = await asyncio.gather(*(server.client.can_take_weights(timeout_s) for server in servers))
+        return [server for server, ready in zip(servers, answers, strict=True) if server.usable or ready]
+
+    async def admit(self, urls: Sequence[str]) -> None:
+        """These servers, and no others, have the current weights."""
+        for server in self.usable:
+            if server.client.url not in urls:
+                server.give_up(f"{server.client.url} did not take weights of version {self.newest_version}")
+        self.servers = self._at(urls)
+        for server in self.servers:
+            server.admit()
+
+    async def give_up_for_all(self, urls: Sequence[str]) -> None:
+        """What failed for one rank is used by none."""
+        for server in self.usable:
+            if server.client.url in urls:
+                self.give_up(server, f"{server.client.url} failed for another rank")
+
+    async def complete_all(self, responses: Sequence[Response], sampling: SamplingConfig) -> list[str]:
+        """`complete` for each; the errors that end the run. Responses that no server could finish are left as is."""
+        results = await asyncio.gather(*(self.complete(r, sampling) for r in responses), return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        for failure in failures:
+            if not isinstance(failure, (RunError, NoServersError)):
+                raise failure
+        return [str(failure) for failure in failures if isinstance(failure, RunError)]
+
+    def give_up(self, server: Server, reason: str) -> None:
+        """Use a server no more, and say why."""
+        if server.usable:
+            self._log(f"rollout server given up: {reason}")
+            server.give_up(reason)
+
+    async def complete(self, response: Response, sampling: SamplingConfig) -> None:
+        """Bring the response to its end. What is sampled when a push stops the servers is kept; the rest is sampled by
+        the new weights. Raises NoServersError, the response then being what it was up to there, and RunError where
+        server after server fails on it."""
+        failures = 0
+        async with self._slots:
+            while not response.reason:
+                server = await self._choose()
+                started = time.monotonic()
+                try:
+                    segment = await self._segment(server, response, sampling)
+                except ServerError as error:
+                    failures += 1
+                    if failures > self._config.max_retries + len(self.servers):
+                        raise RunError(f"a request failed {failures} times, at last because {error}") from error
+                    await self._note_failure(server, started, str(error))
+                    continue
+                server.failures = 0
+                response.extend(segment, sampling.max_response_tokens)
+
+    async def _segment(self, server: Server, response: Response, sampling: SamplingConfig) -> Segment:
+        remaining = sampling.max_response_tokens - len(response.tokens)
+        prompt = [*response.prompt, *response.tokens]
+        parameters = sampling_parameters(sampling, continued_seed(response.seed, len(response.tokens)), remaining)
+        call = server.client.generate(prompt, parameters, self._config.request_timeout_s)
+        segment = await server.call(call, cost=len(prompt) + remaining)
+        oldest, newest = response.oldest_version, self.newest_version
+        wrong = {version for version in segment.versions if not oldest <= version <= newest}
+        if wrong:
+            wanted = str(newest) if oldest == newest else f"{oldest} to {newest}"
+            self.give_up(server, f"{server.client.url} sampled with weights of version {min(wrong)}, not {wanted}")
+            raise ServerError(server.reason)
+        return segment
+
+    async def _choose(self) -> Server:
+        """The ready server with the fewest tokens under way; waits where all are backing off."""
+        while True:
+            usable = self.usable
+            if not usable:
+                raise NoServersError
+            now = time.monotonic()
+            ready = [server for server in usable if server.ready_at <= now]
+            if ready:
+                return min(ready, key=lambda server: server.outstanding)
+            await asyncio.sleep(min(server.ready_at for server in usable) - now)
+
+    async def _note_failure(self, server: Server, started: float, reason: str) -> None:
+        # One failure however many requests were under way together.
+        if not server.usable or started < server.failed_at:
+            return
+        server.failures, server.failed_at = server.failures + 1, time.monotonic()
+        if server.failures > self._config.max_retries:
+            self.give_up(server, f"{reason} ({server.failures} times in a row)")
+        elif not await server.client.is_healthy(self._config.health_timeout_s):
+            self.give_up(server, reason)
+
+    async def watch(self) -> None:
+        """For ever: give up servers that no longer answer their health check."""
+        timeout_s = self._config.health_timeout_s
+        while True:
+            await asyncio.sleep(min(timeout_s / 4, 5.0))
+            await asyncio.gather(*(self._check(server, timeout_s) for server in self.usable))
+
+    async def _check(self, server: Server, timeout_s: float) -> None:
+        if not await server.client.is_healthy(timeout_s):
+            self.give_up(
+                server, f"{server.client.url} did not answer its health check within {timeout_s:g} s, or is dead"
+            )
+
+
+def sampling_parameters(sampling: SamplingConfig, seed: int, max_tokens: int) -> dict[str, Any]:
+    """vLLM's SamplingParams of one request."""
+    return {
+        "temperature": sampling.temperature,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # only stop_token_ids stop
+        "logprobs": 0,  # the sampled token's
+        "detokenize": False,
+    }
+
+
+def continued_seed(seed: int, num_tokens: int) -> int:
+    """The seed with which a response goes on after `num_tokens` tokens: those of its beginning must not come again."""
+    if num_tokens == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, num_tokens]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,108 @@
+"""A server that speaks the part of vLLM's protocol that the client uses, and fails as a test wants it to."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from megatron_riskpo.rollout.loop_thread import LoopThread
+
+VOCAB_SIZE = 96
+
+
+def token_at(seed: int, position: int) -> int:
+    """What the fake samples: no stop token, another sequence for each seed."""
+    return 10 + (seed * 7 + position * 13) % (VOCAB_SIZE - 10)
+
+
+@dataclass
+class FakeServer:
+    """Tests change the fields while it runs."""
+
+    version: str = "0"
+    fail_next: int = 0
+    """Generate calls answered with 500."""
+    failing_calls: set[str] = field(default_factory=set)
+    """Paths that are always answered with 500."""
+    silent: bool = False
+    """Answer nothing at all, as a stopped process."""
+    delay_s: float = 0.0
+    abort_after: int = 0
+    """End the next response after so many tokens, as a pause does; 0: none."""
+    garbled: bool = False
+    """Answer generate calls with something else."""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    """Bodies of the generate calls."""
+    calls: list[str] = field(default_factory=list)
+    """Paths of the others, but health checks."""
+    busiest: int = 0
+    """Most generate calls at a time."""
+    url: str = ""
+    _busy: int = 0
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        while self.silent:
+            await asyncio.sleep(0.02)
+        if request.path in self.failing_calls:
+            return web.json_response({"error": {"message": "made to fail"}}, status=500)
+        if request.path == "/health":
+            return web.Response()
+        if request.path == "/inference/v1/generate":
+            return await self._generate(await request.json())
+        self.calls.append(request.path)
+        body = await request.json() if request.can_read_body else {}
+        if request.path == "/weight_info":
+            return web.json_response({"weight_version": self.version})
+        self.version = body.get("weight_version") or body.get("new_version") or self.version
+        return web.json_response({})
+
+    async def _generate(self, body: dict[str, Any]) -> web.Response:
+        self.requests.append(body)
+        self._busy += 1
+        self.busiest = max(self.busiest, self._busy)
+        await asyncio.sleep(self.delay_s)
+        self._busy -= 1
+        if self.fail_next:
+            self.fail_next -= 1
+            return web.json_response({"error": {"message": "made to fail"}}, status=500)
+        if self.garbled:
+            return web.json_response({"choices": [{"token_ids": [1, 2]}]})
+        if max(body["token_ids"]) >= VOCAB_SIZE:
+            return web.json_response({"error": {"message": "token id out of vocabulary"}}, status=400)
+        sampling = body["sampling_params"]
+        num, reason = sampling["max_tokens"], "length"
+        if self.abort_after:
+            num, reason, self.abort_after = min(self.abort_after, num), "abort", 0
+        tokens = [token_at(sampling["seed"], position) for position in range(num)]
+        content = [{"token_id": token, "logprob": -token / 10} for token in tokens]
+        spans = [{"version": self.version, "start": 0, "end": num}]
+        choice = {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": reason}
+        return web.json_response({"choices": [{**choice, "weight_versions": spans}]})
+
+
+@contextmanager
+def fake_server(**state: Any) -> Iterator[FakeServer]:
+    """A running one."""
+    server, thread = FakeServer(**state), LoopThread()
+    listener = socket.create_server(("127.0.0.1", 0))
+    server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    runner = thread.run(_start(server, listener))
+    try:
+        yield server
+    finally:
+        server.silent = False
+        thread.run(runner.cleanup())
+        thread.close()
+
+
+async def _start(server: FakeServer, listener: socket.socket) -> web.AppRunner:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    return runner

@@ -1,0 +1,170 @@
+"""Real `riskpo serve` processes (vLLM on the CPU) against transformers and the in-process engine.
+
+One server, started once, serves most tests. Not tested here: several machines, a GPU.
+"""
+
+import importlib.util
+import json
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_riskpo.resharding.bucket_file import Bucket, write_bucket
+from megatron_riskpo.rollout import server_push
+from megatron_riskpo.rollout.server_engine import ServerEngine
+from megatron_riskpo.rollout.server_process import ServerProcess
+from megatron_riskpo.rollout.types import SamplingConfig
+from tests.server_runs import exporter, running_server, server_config, server_engine, signal_group, with_urls
+from tests.tiny_models import hf_token_logprobs, load_hf, make_tiny_qwen2
+from tests.vllm_engines import max_difference, single_rank, vllm_engine
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [20], [5, 6, 7]]
+SEEDS = [3, 1, 2, 2**63 - 1]
+SAMPLING = SamplingConfig(group_size=4, max_response_tokens=24, temperature=0.7, stop_token_ids=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_tiny_qwen2(folder / name, tied=True, seed=seed) for seed, name in enumerate("ab")}
+
+
+@pytest.fixture(scope="module")
+def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with running_server(server_config(models["a"]), tmp_path_factory.mktemp("server")) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def url(server: ServerProcess) -> str:
+    return server.wait()
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def engine(url: str, models: dict[str, Path], tmp_path: Path, lines: list[str]) -> Iterator[ServerEngine]:
+    config = with_urls(server_config(models["a"]), url)
+    with single_rank(), server_engine(config, tmp_path, exporter(models["a"]), lines) as engine:
+        yield engine
+
+
+def call(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One of the server's own endpoints, past the engine."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())
+
+
+def test_after_each_push_the_server_is_the_pushed_model(engine, models):
+    for version, name in enumerate("aba"):
+        engine.update_weights(exporter(models[name])(), version)
+        assert engine.weight_version == version
+        model = load_hf(models[name])
+        rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
+        assert max_difference(rollouts, model, SAMPLING.temperature) <= 1e-5
+        assert rollouts.weight_versions.tolist() == [version] * rollouts.rollout_logprobs.numel()
+        sequences = [sequence.tolist() for sequence in rollouts.sequences()][:3]
+        for sequence, logprobs in zip(sequences, engine.token_logprobs(sequences), strict=True):
+            torch.testing.assert_close(logprobs, hf_token_logprobs(model, sequence), atol=1e-5, rtol=0)
+
+
+def test_samples_are_those_of_the_engine_in_process(engine, models):
+    engine.update_weights(exporter(models["b"])(), 1)
+    served = engine.generate(PROMPTS, SAMPLING, SEEDS)
+    with vllm_engine(models["b"]) as in_process:
+        expected = in_process.generate(PROMPTS, SAMPLING, SEEDS)
+    assert torch.equal(served.tokens, expected.tokens)
+    assert torch.equal(served.finished, expected.finished)
+    torch.testing.assert_close(served.rollout_logprobs, expected.rollout_logprobs, atol=1e-5, rtol=0)
+    assert 0 < served.finished.sum() < served.num_sequences
+
+
+def test_responses_under_way_go_on_with_the_new_weights(engine, models):
+    """Each token's log-prob is that of the model of its version, given all tokens before it."""
+    engine.update_weights(exporter(models["a"])(), 0)
+    sampling = SamplingConfig(group_size=32, max_response_tokens=40, temperature=1.0, stop_token_ids=())
+    pending = engine.submit(PROMPTS, sampling, SEEDS)
+    while not any(response.tokens for response in pending.responses):
+        engine.update_weights(exporter(models["b"])(), engine.weight_version + 1)
+    rollouts = engine.collect(pending)
+    assert rollouts.response_lengths.tolist() == [40] * 128
+    versions = rollouts.split_by_response(rollouts.weight_versions)
+    assert any(0 in of.tolist() and max(of.tolist()) > 0 for of in versions)
+    assert all(torch.equal(of, of.sort().values) for of in versions)
+    scores = {name: load_hf(models[name]) for name in "ab"}
+    logprobs = rollouts.split_by_response(rollouts.rollout_logprobs)
+    for sequence, prompt, own, of in zip(
+        rollouts.sequences(), rollouts.prompt_lengths, logprobs, versions, strict=True
+    ):
+        by_version = [hf_token_logprobs(scores[name], sequence.tolist())[prompt - 1 :] for name in "ab"]
+        expected = torch.where(of == 0, *by_version)
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
+
+
+def test_weights_that_were_not_pushed_are_refused_and_pushed_again(engine, models, url, lines):
+    engine.update_weights(exporter(models["a"])(), 0)
+    expected = engine.generate(PROMPTS, SAMPLING, SEEDS)
+    call(url, "/update_weight_version", {"new_version": "99"})
+    assert torch.equal(engine.generate(PROMPTS, SAMPLING, SEEDS).tokens, expected.tokens)
+    (line,) = lines
+    assert f"{url} sampled with weights of version 99, not 0" in line
+
+
+def test_wrong_prompts_are_refused_before_they_are_sent(engine, models):
+    engine.update_weights(exporter(models["a"])(), 0)
+    with pytest.raises(UsageError, match=r"0\.\.95; check the tokenizer"):
+        engine.submit([[96]], SAMPLING, [0])
+
+
+def test_a_stopped_server_ends_the_run_in_bounded_time_and_may_come_back(models, server, url, tmp_path):
+    config = with_urls(server_config(models["a"], server={"health_timeout_s": 2.0}), url)
+    with single_rank(), server_engine(config, tmp_path, exporter(models["a"])) as engine:
+        engine.update_weights(exporter(models["a"])(), 0)
+        expected = engine.generate(PROMPTS, SAMPLING, SEEDS)
+        pending = engine.submit(PROMPTS, SAMPLING, SEEDS)
+        signal_group(server, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(RunError, match="no rollout server is left: none is healthy"):
+            engine.collect(pending)
+        assert time.monotonic() - started < 20
+        signal_group(server, signal.SIGCONT)
+        engine.update_weights(exporter(models["a"])(), 1)
+        assert torch.equal(engine.generate(PROMPTS, SAMPLING, SEEDS).tokens, expected.tokens)
+
+
+def write_corrupted(path: Path, bucket: Bucket) -> dict[str, Any]:
+    record = write_bucket(path, bucket)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return record
+
+
+def test_a_corrupted_bucket_is_named_and_leaves_no_server(engine, models, monkeypatch, url):
+    engine.update_weights(exporter(models["a"])(), 0)
+    monkeypatch.setattr(server_push, "write_bucket", write_corrupted)
+    message = r"no rollout server is left: push of version 1 failed: .*/update_weights answered 500: .* has checksum"
+    with pytest.raises(RunError, match=message):
+        engine.update_weights(exporter(models["b"])(), 1)
+    assert call(url, "/weight_info")["weight_version"] == "towards-1"
+
+
+def test_a_half_updated_server_is_not_used(models, url, tmp_path):
+    """The one that the test above left behind."""
+    config = with_urls(server_config(models["a"]), url)
+    message = rf"{url} \(or one in which a push broke off\); start it anew"
+    with single_rank(), pytest.raises(RunError, match=message), server_engine(config, tmp_path, exporter(models["a"])):
+        pass

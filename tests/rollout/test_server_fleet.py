@@ -1,0 +1,121 @@
+"""Which servers a run has, as its processes come and go; the processes are ones that only say what they are asked."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.rollout import server_fleet
+from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
+
+
+class Process:
+    """Each start gives another address; `url` is None for `slow` calls after a start."""
+
+    def __init__(self, index: int, restarts_left: int = 1, slow: int = 0) -> None:
+        self.index, self.restarts_left, self.slow = index, restarts_left, slow
+        self.config = SimpleNamespace(server=SimpleNamespace(max_restarts=restarts_left))
+        self.num_starts, self.asked, self.running = 0, 0, False
+
+    def start(self) -> None:
+        self.num_starts, self.asked, self.running = self.num_starts + 1, 0, True
+
+    def restart(self) -> bool:
+        if not self.restarts_left:
+            return False
+        self.restarts_left -= 1
+        self.start()
+        return True
+
+    def url(self) -> str | None:
+        self.asked += 1
+        return f"http://{self.index}:{self.num_starts}" if self.asked > self.slow else None
+
+    def wait(self) -> str:
+        while True:
+            url = self.url()
+            if url:
+                return url
+
+    def stop(self) -> None:
+        self.running = False
+
+
+def fleet(*processes: Process, given: tuple[str, ...] = ()) -> tuple[ServerFleet, list[str]]:
+    lines: list[str] = []
+    return ServerFleet(processes, given, lines.append), lines  # type: ignore[arg-type]
+
+
+def test_a_failed_server_comes_back_under_another_address_and_the_others_go_on():
+    one, other = Process(1, slow=2), Process(2)
+    servers, lines = fleet(one, other)
+    servers.wait_for_all()
+    assert servers.addresses() == ["http://1:1", "http://2:1"]
+    servers.restart(["http://1:1"])
+    assert servers.addresses() == ["http://2:1"]  # does not wait for the one that starts
+    servers.restart(["http://1:1"])  # said once more, of the address that is no longer
+    assert one.num_starts == 2
+    assert servers.addresses() == ["http://2:1"]
+    assert servers.addresses() == ["http://1:2", "http://2:1"]
+    assert lines == ["rollout server 1 is started again (0 more times at most)"]
+
+
+def test_restarts_are_bounded_and_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(server_fleet, "_POLL_S", 0.0)
+    process = Process(1, slow=3)
+    servers, _ = fleet(process)
+    servers.wait_for_all()
+    servers.restart(["http://1:1"])
+    assert servers.addresses() == ["http://1:2"]  # waits: there is no other
+    servers.restart(["http://1:2"])
+    assert not process.running
+    assert not servers.has_processes
+    message = r"no rollout server is left: the server at http://1:2 failed, and server.max_restarts = 1 is used up"
+    with pytest.raises(RunError, match=message):
+        servers.addresses()
+
+
+def test_a_process_that_does_not_start_again_counts_as_failed(monkeypatch):
+    monkeypatch.setattr(server_fleet, "_POLL_S", 0.0)
+    process = Process(1)
+    servers, _ = fleet(process)
+    servers.wait_for_all()
+    servers.restart(["http://1:1"])
+
+    def url() -> str:
+        raise RunError("rollout server 1 ended with exit code 1: error: no memory")
+
+    monkeypatch.setattr(process, "url", url)
+    with pytest.raises(RunError, match=r"is left: rollout server 1 ended with exit code 1: error: no memory, and serv"):
+        servers.addresses()
+
+
+def test_given_servers_stay_candidates():
+    servers, _ = fleet(given=("http://a:1",))
+    servers.restart(["http://a:1"])
+    assert servers.addresses() == ["http://a:1"]
+    assert not servers.has_processes
+
+
+def test_at_the_end_the_processes_are_ended():
+    one, other = Process(1), Process(2)
+    servers, _ = fleet(one, other)
+    servers.close()
+    assert (one.running, other.running) == (False, False)
+
+
+def test_the_transfer_folder_is_deleted_with_what_killed_runs_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_fleet, "_MEMORY", tmp_path)
+    (tmp_path / "riskpo-weights-999999999-x").mkdir()
+    (tmp_path / "riskpo-weights-1-init-lives").mkdir()
+    with transfer_folder("") as folder:
+        (folder / "bucket").write_bytes(b"1")
+        assert {path.name for path in tmp_path.iterdir()} == {folder.name, "riskpo-weights-1-init-lives"}
+    assert not folder.exists()
+    shared = tmp_path / "shared"
+    (shared / "riskpo-weights-999999999-other-machine").mkdir(parents=True)
+    with transfer_folder(str(shared)) as folder:
+        assert folder.parent == shared
+        assert len(list(shared.iterdir())) == 2  # its process may be on another machine
+    assert isinstance(folder, Path)

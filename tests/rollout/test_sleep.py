@@ -1,0 +1,66 @@
+"""When a colocated vLLM gives its memory back. Not tested here: that vLLM does it, which needs a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.rollout import vllm_engine
+from megatron_riskpo.rollout.types import SamplingConfig
+from megatron_riskpo.rollout.vllm_engine import VllmEngine
+
+SAMPLING = SamplingConfig(group_size=1, max_response_tokens=4, temperature=1.0, stop_token_ids=())
+
+
+def engine(calls: list[str], monkeypatch: pytest.MonkeyPatch, *, may_sleep: bool) -> VllmEngine:
+    """With a vLLM that only notes what it is told."""
+    monkeypatch.setattr(vllm_engine, "push_weights", lambda *args, **kwargs: calls.append("push"))
+    monkeypatch.setattr(VllmEngine, "_check_versions", lambda self, version: calls.append(f"check {version}"))
+    one = VllmEngine.__new__(VllmEngine)
+    one._llm = SimpleNamespace(
+        sleep=lambda level: calls.append(f"sleep {level}"), wake_up=lambda tags: calls.append(f"wake {tags}")
+    )
+    one._may_sleep, one._is_asleep, one._unusable, one._weight_version = may_sleep, False, "", -1
+    one._shapes, one._bucket_bytes = {}, 1
+    return one
+
+
+def test_it_sleeps_until_new_weights_come_and_wakes_part_by_part(monkeypatch):
+    calls: list[str] = []
+    one = engine(calls, monkeypatch, may_sleep=True)
+    one.update_weights([], 0)
+    one.release()
+    one.release()
+    with pytest.raises(RunError, match="sleeps until it gets weights"):
+        one.generate([[5]], SAMPLING, [0])
+    one.update_weights([], 1)
+    one.release()
+    assert calls == [
+        *("push", "check 0", "sleep 2"),
+        *("wake ['weights']", "push", "wake ['kv_cache']", "check 1", "sleep 2"),
+    ]
+
+
+def test_without_the_option_it_stays_awake(monkeypatch):
+    calls: list[str] = []
+    one = engine(calls, monkeypatch, may_sleep=False)
+    one.update_weights([], 0)
+    one.release()
+    one.update_weights([], 1)
+    assert calls == ["push", "check 0", "push", "check 1"]
+
+
+def test_a_push_that_fails_on_waking_leaves_it_unusable(monkeypatch):
+    calls: list[str] = []
+    one = engine(calls, monkeypatch, may_sleep=True)
+    one.update_weights([], 0)
+    one.release()
+
+    def out_of_memory(tags: list[str]) -> None:
+        raise RuntimeError("out of memory")
+
+    one._llm.wake_up = out_of_memory
+    with pytest.raises(RunError, match="refused weights of version 1: RuntimeError: out of memory"):
+        one.update_weights([], 1)
+    with pytest.raises(RunError, match="half-updated"):
+        one.generate([[5]], SAMPLING, [0])
