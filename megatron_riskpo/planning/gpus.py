@@ -60,6 +60,8 @@ MEAN_SHARE = 0.5
 # Memory beside tensors.
 CONTEXT_BYTES = round(1.5 * GIB)
 """CUDA context and NCCL's buffers, a process."""
+TIGHT = 0.9
+"""Of a GPU's memory: above it what the plan leaves out may be too much (longer packs of experts, another Adam)."""
 FRAGMENTATION = 0.05
 """Of the activations: gaps between blocks of the allocator."""
 ENGINE_WORKSPACE = 2 * GIB

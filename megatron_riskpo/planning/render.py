@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_riskpo.planning.gpus import GIB
+from megatron_riskpo.planning.gpus import GIB, TIGHT
 from megatron_riskpo.planning.memory import RankMemory
 from megatron_riskpo.planning.plan import Plan
 from megatron_riskpo.planning.search import LAYOUT_OPTIONS
@@ -15,7 +15,8 @@ def plan_text(plan: Plan) -> str:
     lines = [headline(plan), "", *_memory_table(plan), "", *_time_table(plan), ""]
     if plan.complaints:
         return "\n".join([*lines, *(f"does not fit: {complaint}" for complaint in plan.complaints)])
-    return "\n".join([*lines, f"fits: {summary(plan)}"])
+    tight = plan.peak > TIGHT * plan.gpu.memory
+    return "\n".join([*lines, f"fits{', but tightly' * tight}: {summary(plan)}"])
 
 
 def summary(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from megatron_riskpo.algorithms import AlgorithmConfig
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.config import ActorConfig, DataConfig, ModelConfig, RolloutConfig, TrainConfig
 from megatron_riskpo.config_io import read_model_config
-from megatron_riskpo.planning.gpus import GIB, GPUS, Gpu
+from megatron_riskpo.planning.gpus import GIB, GPUS, TIGHT, Gpu
 from megatron_riskpo.planning.plan import Plan, make_plan
 from megatron_riskpo.planning.state_bytes import stage_ranks
 
@@ -140,7 +140,8 @@ def verdict(run: Published) -> dict[str, Any]:
     plan = plan_of(run)
     peak = max(sum(size for name, size in phase.items() if name != "engine")
                for rank in plan.memory for phase in rank.phases.values())  # fmt: skip
-    says = "runs" if peak <= run.gpu.memory else "out of memory"
+    fits = "runs" if peak <= TIGHT * run.gpu.memory else "tight"
+    says = fits if peak <= run.gpu.memory else "out of memory"
     return {
         "source": run.source,
         "model": run.model,
