@@ -1,5 +1,5 @@
-"""The command line: riskpo train | sft | report | checkpoint | convert | serve. Imports nothing heavy before it is
-needed, so that wrong input is answered at once and signal handlers stand before torch is loaded."""
+"""The command line: riskpo train | sft | plan | doctor | report | checkpoint | convert | serve. Imports nothing heavy
+before it is needed, so that wrong input is answered at once and signal handlers stand before torch is loaded."""
 
 import argparse
 import errno
@@ -14,7 +14,9 @@ from megatron_riskpo import __version__
 from megatron_riskpo.convert_command import add_convert, run_convert
 from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launch, process_env, report_error
 from megatron_riskpo.distributed.signals import StopSignal
+from megatron_riskpo.doctor_command import add_doctor, run_doctor
 from megatron_riskpo.errors import RiskpoError, UsageError
+from megatron_riskpo.plan_command import add_plan, run_plan
 from megatron_riskpo.serve_command import add_serve, run_serve
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, for example runs/quickstart")
     _add_checkpoint_parser(commands)
     add_convert(commands)
+    add_plan(commands, _OVERRIDES_HELP)
+    add_doctor(commands)
     add_serve(commands, _OVERRIDES_HELP)
     return parser
 
@@ -220,6 +224,8 @@ def _checkpoint(args: argparse.Namespace, arguments: list[str]) -> int:
 _COMMANDS = {
     "train": _run,
     "sft": _run,
+    "plan": run_plan,
+    "doctor": run_doctor,
     "report": _report,
     "checkpoint": _checkpoint,
     "convert": run_convert,

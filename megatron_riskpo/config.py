@@ -27,7 +27,8 @@ class RunConfig:
     """Processes that a bare `riskpo` starts on this machine; 0: actor.tp * actor.cp * actor.pp. Not used under
     torchrun or srun."""
     timeout_s: float = 600.0
-    """A collective that waits longer than this, in seconds, ends the run (a peer is dead or hung)."""
+    """A collective that waits longer than this, in seconds, ends the run (a peer is dead or hung); so does a
+    checkpoint whose writing in the background takes longer."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class TrainRunConfig(RunConfig):
     """Number of RL steps (rollout, reward, update)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of the run folder; never: refuse a folder that has one."""
+    accept_changes: tuple[str, ...] = ()
+    """Options that may differ from those that the checkpoint was made under, for example optimizer.lr; all: any. What
+    a changed option makes meaningless (data position, quantile tracker) starts anew."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,9 @@ class CheckpointConfig(Retention):
 
     every: int = 50
     """Save every n steps (and at the end, and when a signal ends the run)."""
+    asynchronous: bool = True
+    """Write in the background while the next steps go on, from a copy of weights and optimizer state in host memory;
+    false: training waits for the write."""
 
 
 @dataclass(frozen=True)

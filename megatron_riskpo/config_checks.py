@@ -24,6 +24,11 @@ def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) 
     _raise_first(TRAIN_RULES, Setup(config, world_size, model))
 
 
+def check_plan(config: TrainConfig, world_size: int, model: Mapping[str, Any]) -> None:
+    """`check_train` for a run on another machine: vLLM need not be installed on this one."""
+    _raise_first(PLAN_RULES, Setup(config, world_size, model))
+
+
 def check_serve(config: TrainConfig, model: Mapping[str, Any]) -> None:
     """Raise UsageError on the first rule that `riskpo serve` breaks. `model` is the model's config.json."""
     # A server has its own processes, as many as it needs.
@@ -324,6 +329,8 @@ TRAIN_RULES: tuple[Rule, ...] = (
     kl_cov,
     old_logprobs,
 )
+
+PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in TRAIN_RULES if rule is not engine_available)
 
 SERVE_RULES: tuple[Rule, ...] = (bounds, engine_split, lengths, engine_available)
 

@@ -6,6 +6,7 @@ Every mistake of the user ends in one UsageError line that names the file or fla
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -55,10 +56,17 @@ def load_model_config(path: str | Path, name: str = "model.path") -> dict[str, A
     file = Path(path) / "config.json"
     if not file.parent.is_dir():
         raise UsageError(f"{name} = {path}: no such folder; give a Hugging Face model folder that is on this machine")
+    if not file.exists():
+        raise UsageError(f"{name} = {path}: has no config.json; give a Hugging Face model folder")
+    return read_model_config(file)
+
+
+def read_model_config(file: Path) -> dict[str, Any]:
+    """The config.json `file` alone. Raises UsageError."""
     try:
         model = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{name} = {path}: has no config.json; give a Hugging Face model folder") from None
+        raise UsageError(f"{file}: no such file; give a model folder or its config.json") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: not readable as JSON ({error}); restore the file") from error
     if not isinstance(model, dict):
@@ -69,6 +77,11 @@ def load_model_config(path: str | Path, name: str = "model.path") -> dict[str, A
 def resolved(config: Any) -> dict[str, Any]:
     """The configuration as JSON-able nested dicts (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """16 hex digits of a resolved configuration, by which two can be told apart."""
+    return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def write_run_record(config: Any, run_dir: str | Path) -> Path:

@@ -68,9 +68,10 @@ class Objective:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UsageError if it is of another number of questions."""
+        """Go on where `state` was taken; what is None there starts anew. Raises UsageError if it is of another number
+        of questions."""
         self.tracker = QuantileTracker.from_state_dict(state["tracker"]) if state["tracker"] is not None else None
-        if self.pass_rates is not None:
+        if self.pass_rates is not None and state["pass_rates"] is not None:
             self.pass_rates = PassRates.from_state_dict(
                 state["pass_rates"], self.num_questions, self.config.pass_rate_step
             )

@@ -1,19 +1,20 @@
-"""Whether a run may go on from its checkpoints under the present configuration: runs/NAME/config.json holds the one
-that they were made with."""
+"""Whether a run may go on from a checkpoint under the present configuration, which may differ from the one that the
+checkpoint was made under."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_io import RUN_RECORD, resolved
+from megatron_riskpo.config_io import config_hash, resolved
 from megatron_riskpo.errors import UsageError
 
 # What may change within a run: where it lives, how long it is, what it writes down, what ends it, and how the work is
 # laid out, which changes its speed but not what is computed.
 FREE_SECTIONS = ("bridge", "server", "evaluation", "checkpoint", "logging")
 FREE_OPTIONS = (
-    *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s"),
+    *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s", "run.accept_changes"),
     *("actor.tp", "actor.pp", "actor.vp", "actor.cp", "actor.ep", "actor.sequence_parallel"),
     *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens"),
     *("actor.recompute", "actor.offload_optimizer", "actor.offload_gradients"),
@@ -23,38 +24,68 @@ FREE_OPTIONS = (
     *("rewards.workers", "rewards.timeout_s"),
     *("mismatch.abort_above", "optimizer.max_skipped_steps"),
 )
+ALL = "all"
 _ABSENT = object()
 
 
-def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The options, as "section.key old -> new", in which two resolved configurations differ and a run may not.
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """The options in which two resolved configurations differ and a run may not, each with "old -> new".
 
     An option that only one of them has counts as changed.
     """
     before, after = _leaves(old), _leaves(new)
-    return [
-        f"{key} {_shown(before.get(key, _ABSENT))} -> {_shown(after.get(key, _ABSENT))}"
+    return {
+        key: f"{_shown(before.get(key, _ABSENT))} -> {_shown(after.get(key, _ABSENT))}"
         for key in before | after
         if not _may_change(key) and before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
+    }
 
 
-def check_resume(config: TrainConfig, run_dir: Path) -> None:
-    """Raise UsageError unless the run in `run_dir`, which has a checkpoint, may go on with `config`."""
-    record = run_dir / RUN_RECORD
-    try:
-        old = json.loads(record.read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def check_resume(config: TrainConfig, checkpoint: Path, saved: dict[str, Any] | None) -> dict[str, str]:
+    """Of `changed_options` those that run.accept_changes lets through; raises UsageError if there are others.
+
+    saved: the resolved configuration that the checkpoint was made under, None if it has none.
+    """
+    accepted = config.run.accept_changes
+    if saved is None:
+        if ALL in accepted:
+            return {}
         raise UsageError(
-            f"{record} does not say under which configuration the checkpoints beside it were made "
-            f"({type(error).__name__}); restore the file, or choose another run.name"
-        ) from error
-    changed = changed_options(old, resolved(config))
-    if changed:
-        raise UsageError(
-            f"{run_dir} has checkpoints made with other options: {', '.join(changed)}; "
-            "restore them, or choose another run.name"
+            f"{checkpoint} does not say under which options it was made (an earlier version wrote it); "
+            f"choose another run.name, or go on all the same with --run.accept_changes {ALL}"
         )
+    if config_hash(saved) == config_hash(resolved(config)):
+        return {}
+    changed = changed_options(saved, resolved(config))
+    refused = [key for key in changed if key not in accepted and ALL not in accepted]
+    if refused:
+        raise UsageError(
+            f"{checkpoint} was made with other options: {', '.join(f'{key} {changed[key]}' for key in refused)}; "
+            f"restore them, choose another run.name, or go on with --run.accept_changes {' '.join(refused)}"
+        )
+    return changed
+
+
+def without_outdated(state: dict[str, Any], changed: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The trainer's saved state without what does not outlast the changes of these options, and what that is.
+
+    Other questions, another order or other prompts: the data position and the pass rates are of no question there is
+    now. Another objective: the tracked quantiles may be of other levels, and of scores of another range.
+    """
+    objective, anew = dict(state["objective"]), []
+    stream = state["stream"]
+    if any(_decides_questions(key) for key in changed):
+        stream, objective["pass_rates"] = None, None
+        anew += ["data position", "pass rates"]
+    if any(key.startswith("algorithm.") for key in changed):
+        objective |= {"tracker": None, "quantiles": None}
+        anew += ["quantile tracker"]
+    return state | {"stream": stream, "objective": objective}, anew
+
+
+def _decides_questions(key: str) -> bool:
+    is_data = key.startswith("data.") and key != "data.prompts_per_step"
+    return is_data or key in ("run.seed", "model.path")
 
 
 def _may_change(key: str) -> bool:

@@ -2,13 +2,13 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_riskpo.config import DataConfig, TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length, too_few_questions
-from megatron_riskpo.config_io import write_run_record
+from megatron_riskpo.config_io import resolved, write_run_record
 from megatron_riskpo.data.prompts import encode_prompts
 from megatron_riskpo.data.questions import Question, load_split
 from megatron_riskpo.data.stream import PromptStream
@@ -19,29 +19,26 @@ from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.observer import Observer
-from megatron_riskpo.resume import check_resume
+from megatron_riskpo.resume import check_resume, without_outdated
 from megatron_riskpo.rollout.source import RolloutSource
 from megatron_riskpo.rollout.types import SamplingConfig
+
+if TYPE_CHECKING:
+    from megatron_riskpo.checkpoint.training_state import Checkpoint
+    from megatron_riskpo.trainer import Trainer
 
 
 def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
     """Train, from the newest complete checkpoint if there is one. Exit code 0: done, or stopped by a signal."""
     run_dir = Path(config.run.dir) / config.run.name
     with rank_runtime(env, config.run, config.actor) as grid, contextlib.ExitStack() as stack:
-        from megatron_riskpo.checkpoint.training_state import agree_on_latest, load_checkpoint
+        from megatron_riskpo.checkpoint.training_state import agree_on_latest
 
         checkpoint = agree_on_latest(run_dir / "checkpoints", grid.world)
-        if checkpoint is not None and config.run.resume == "never":
-            raise UsageError(
-                f"{run_dir} holds {checkpoint.name}; choose another run.name, delete the folder, or set run.resume=auto"
-            )
+        changes = _accepted_changes(config, run_dir, checkpoint) if checkpoint is not None else {}
+        trainer = _build(config, grid, stop, run_dir, checkpoint.step if checkpoint is not None else 0, stack)
         if checkpoint is not None:
-            check_resume(config, run_dir)
-        start_step = int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
-        trainer = _build(config, grid, stop, run_dir, start_step, stack)
-        if checkpoint is not None:
-            trainer.restore(load_checkpoint(checkpoint, trainer.actor))
-            trainer.observer.log(f"resumed from {checkpoint} at step {trainer.step}")
+            _restore(trainer, checkpoint, changes)
         all_done = trainer.step >= config.run.steps
         if all_done:
             trainer.observer.log(f"all {config.run.steps} steps are done; nothing to train")
@@ -57,12 +54,36 @@ def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
     return 0
 
 
+def _accepted_changes(config: TrainConfig, run_dir: Path, checkpoint: "Checkpoint") -> dict[str, str]:
+    """As `check_resume`; UsageError, too, where run.resume wants no checkpoint."""
+    if config.run.resume == "never":
+        raise UsageError(
+            f"{run_dir} holds {checkpoint.path.name}; "
+            "choose another run.name, delete the folder, or set run.resume=auto"
+        )
+    return check_resume(config, checkpoint.path, checkpoint.document().get("config"))
+
+
+def _restore(trainer: "Trainer", checkpoint: "Checkpoint", changes: dict[str, str]) -> None:
+    """Go on from the checkpoint, and say what is otherwise than it was."""
+    from megatron_riskpo.checkpoint.training_state import load_checkpoint
+
+    state, anew = without_outdated(load_checkpoint(checkpoint, trainer.actor), changes)
+    trainer.restore(state)
+    trainer.observer.log(f"resumed from {checkpoint.path} at step {trainer.step}")
+    for key, change in changes.items():
+        trainer.observer.log(f"changed since then: {key} {change}")
+    if anew:
+        trainer.observer.log(f"because of these changes start anew: {', '.join(anew)}")
+
+
 def _build(
     config: TrainConfig, grid: RankGrid, stop: StopSignal, run_dir: Path, start_step: int, stack: contextlib.ExitStack
 ) -> Any:
     # Megatron may only be imported once rank_runtime has put the CPU backend in place.
     from megatron_riskpo.actor.actor import Actor
     from megatron_riskpo.actor.reference import reference_weights
+    from megatron_riskpo.checkpoint.saver import CheckpointSaver
     from megatron_riskpo.objective import Objective
     from megatron_riskpo.resharding.bridge import Bridge
     from megatron_riskpo.rewards.pool import MATH_GRADER, GraderPool
@@ -84,6 +105,11 @@ def _build(
     reference = reference_weights(torch.nn.ModuleList(actor.chunks), config.loss)
     engine = _build_engine(config, actor, grid, run_dir, observer)
     stack.callback(engine.close)
+    saver = CheckpointSaver(
+        run_dir / "checkpoints", config.checkpoint, resolved(config), grid,
+        asynchronous=config.checkpoint.asynchronous, timeout_s=config.run.timeout_s,
+    )  # fmt: skip
+    stack.callback(saver.close)
     pool = GraderPool(MATH_GRADER, config.rewards.workers, config.rewards.timeout_s)
     stack.callback(pool.close)
     return Trainer(
@@ -99,6 +125,7 @@ def _build(
         stop=stop,
         observer=stack.enter_context(observer),
         run_dir=run_dir,
+        saver=saver,
         objective=Objective(config.algorithm, len(train_set.prompts)),
         reference=reference,
     )

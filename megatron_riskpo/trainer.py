@@ -15,7 +15,7 @@ from megatron_riskpo.algorithms.kl import kl_penalty
 from megatron_riskpo.algorithms.mismatch import correct_mismatch, mismatch_sums, needs_old_logprobs
 from megatron_riskpo.algorithms.segments import segment_mean
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
-from megatron_riskpo.checkpoint.training_state import save_checkpoint
+from megatron_riskpo.checkpoint.saver import CheckpointSaver
 from megatron_riskpo.collect import Groups, collect
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.data.stream import sample_seeds
@@ -58,6 +58,7 @@ class Trainer:
     stop: StopSignal
     observer: Observer
     run_dir: Path
+    saver: CheckpointSaver
     objective: Objective
     reference: ReferenceWeights | None = None
     """Of the model that the run started from, where the loss has a KL penalty."""
@@ -71,6 +72,7 @@ class Trainer:
             self.observer.record(0, self.evaluate())
         stopping = False
         while self.step < self.config.run.steps and not stopping:
+            self.saver.check()
             self.step += 1
             metrics = self.train_step()
             stopping = agree(self.stop, self.actor.grid.world)
@@ -83,6 +85,8 @@ class Trainer:
             if last or stopping or _due(self.step, self.config.checkpoint.every):
                 with self.observer.phase("checkpoint"):
                     self.save(metrics)
+                    if last or stopping:
+                        self.saver.wait()
                 self.observer.record_phases(self.step)
         return self.step == self.config.run.steps
 
@@ -246,16 +250,19 @@ class Trainer:
             )  # fmt: skip
 
     def save(self, metrics: dict[str, float]) -> None:
-        """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown."""
+        """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown.
+
+        The rollout engine is not among it: what it samples depends on weights, prompts and seeds only. Of responses
+        under way the questions are saved."""
         state = {"step": self.step, "stream": self.source.state_dict(), "objective": self.objective.state_dict()}
         shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        folder = self.run_dir / "checkpoints"
-        save_checkpoint(folder, self.step, self.actor, state, self.config.checkpoint, shown)
+        self.saver.save(self.step, self.actor, state, shown)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `save`'s state; the actor has loaded its own part."""
+        """Go on from `save`'s state; the actor has loaded its own part. A data position of None starts anew."""
         self.step = state["step"]
-        self.source.load_state_dict(state["stream"])
+        if state["stream"] is not None:
+            self.source.load_state_dict(state["stream"])
         self.objective.load_state_dict(state["objective"])
 
 

@@ -306,14 +306,28 @@ def test_stopped_sft_exports_nothing_and_exits_1(folder):
     assert not (folder / "runs" / "sft-stopped" / "hf").exists()
 
 
-def test_a_run_goes_on_only_under_its_own_configuration(folder):
-    options = ("--rollout.engine", "megatron")
-    train(folder, "own", *options, "--run.steps", "2")
-    record = (folder / "runs" / "own" / "config.json").read_text()
-    output = train(folder, "own", *options, "--run.steps", "2", "--optimizer.lr", "2e-3", exit_code=2)
-    assert "runs/own has checkpoints made with other options: optimizer.lr 0.001 -> 0.002;" in error_line(output)
-    assert "all 2 steps are done; nothing to train" in train(folder, "own", *options, "--run.steps", "2")
-    assert (folder / "runs" / "own" / "config.json").read_text() == record
+def test_a_run_goes_on_under_its_own_configuration_or_accepted_changes(folder):
+    """Other questions, another objective, another optimizer."""
+    record = folder / "runs" / "own" / "config.json"
+    engine = ("--rollout.engine", "megatron")
+    train(folder, "own", *engine, "--run.steps", "2")
+    before = record.read_text()
+    changes = ("--optimizer.weight_decay", "0.5", "--algorithm.beta", "0.7", "--data.train_size", "100")
+    options = (*engine, "--run.steps", "3", *changes)
+    line = error_line(train(folder, "own", *options, exit_code=2))
+    assert "own/checkpoints/step_2 was made with other options: data.train_size 200 -> 100, algorithm.beta" in line
+    assert record.read_text() == before
+    names = ("optimizer.weight_decay", "algorithm.beta", "data.train_size")
+    output = train(folder, "own", *options, "--run.accept_changes", *names)
+    assert "changed since then: optimizer.weight_decay 0.0 -> 0.5" in output
+    assert "start anew: data position, pass rates, quantile tracker" in output
+    state = json.loads((folder / "runs" / "own" / "checkpoints" / "step_3" / "state.json").read_text())
+    assert state["trainer"]["stream"] == {"position": 8, "num_questions": 100, "seed": 7}
+    assert state["trainer"]["objective"]["tracker"]["levels"] == [0.2, 0.7]
+    # Accepted once, they are the run's options.
+    before = record.read_text()
+    assert "all 3 steps are done; nothing to train" in train(folder, "own", *options)
+    assert record.read_text() == before
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from megatron_riskpo.actor.flops import ModelFlops
 from megatron_riskpo.algorithms.config import MismatchConfig, PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.collect import Groups
-from megatron_riskpo.config import ActorConfig, CheckpointConfig, RewardConfig, RolloutConfig, TrainConfig
+from megatron_riskpo.config import ActorConfig, RewardConfig, RolloutConfig, TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rewards.scoring import Rewards
 from megatron_riskpo.rollout.types import Rollouts
@@ -22,7 +22,7 @@ from tests.distributed.advantage_cases import DigitTokenizer
 def trainer(config: TrainConfig, **parts: Any) -> Trainer:
     """With nothing but the given parts."""
     names = ("actor", "engine", "bridge", "pool", "tokenizer", "train_set", "held_out", "source",
-             "stop", "observer", "run_dir", "objective")  # fmt: skip
+             "stop", "observer", "run_dir", "saver", "objective")  # fmt: skip
     return Trainer(config=config, **(dict.fromkeys(names) | parts), step=3)  # type: ignore[arg-type]
 
 
@@ -135,17 +135,24 @@ def test_speed_of_an_update_counts_prompts_and_responses_over_all_ranks():
     assert one.update_speed(two_groups().rollouts) == pytest.approx(expected)
 
 
-def test_a_checkpoint_takes_the_evaluation_and_the_rules_along(monkeypatch, tmp_path):
+def test_a_checkpoint_takes_the_evaluation_and_what_the_next_step_depends_on_along():
     saved = []
-    monkeypatch.setattr("megatron_riskpo.trainer.save_checkpoint", lambda *args: saved.append(args))
-    config = TrainConfig(checkpoint=CheckpointConfig(keep=3, keep_best="eval/heldout/pass@1"))
-    stateful = SimpleNamespace(state_dict=dict)
-    one = trainer(config, run_dir=tmp_path, source=stateful, objective=stateful)
+    saver = SimpleNamespace(save=lambda *args: saved.append(args))
+    stateful = {name: SimpleNamespace(state_dict=lambda name=name: {name: 1}) for name in ("source", "objective")}
+    one = trainer(TrainConfig(), saver=saver, **stateful)
     one.save({"reward/mean": 0.5, "eval/heldout/pass@1": 0.25})
-    (folder, step, _, _, retention, metrics) = saved[0]
-    assert (folder, step) == (tmp_path / "checkpoints", 3)
-    assert (retention.keep, retention.keep_best) == (3, "eval/heldout/pass@1")
-    assert metrics == {"eval/heldout/pass@1": 0.25}
+    state = {"step": 3, "stream": {"source": 1}, "objective": {"objective": 1}}
+    assert saved == [(3, None, state, {"eval/heldout/pass@1": 0.25})]
+
+
+def test_a_data_position_that_is_not_there_starts_anew():
+    loaded = []
+    parts = {name: SimpleNamespace(load_state_dict=loaded.append) for name in ("source", "objective")}
+    one = trainer(TrainConfig(), **parts)
+    one.restore({"step": 7, "stream": None, "objective": "objective"})
+    one.restore({"step": 7, "stream": "stream", "objective": "objective"})
+    assert loaded == ["objective", "stream", "objective"]
+    assert one.step == 7
 
 
 def test_sample_rows_show_both_rewards():

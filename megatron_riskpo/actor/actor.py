@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.config_io import load_model_config
 from megatron_riskpo.distributed.grid import RankGrid
-from megatron_riskpo.resharding.export import export_weights, plan_export
+from megatron_riskpo.resharding.export import ExportItem, export_weights, plan_export
 from megatron_riskpo.rollout.types import Rollouts
 
 
@@ -79,7 +80,6 @@ class Actor:
         self.guarded = GuardedOptimizer(self.optimizer, optimizer.max_skipped_steps, grid)
         self.num_optimizer_steps = 0
         self._release_gradients()
-        self._export_plan = plan_export(self.chunks, self.family, self.shape, grid)
 
     @classmethod
     def from_hf(cls, model_dir: str | Path, config: ActorConfig, optimizer: OptimizerConfig, dtype: torch.dtype,
@@ -156,6 +156,11 @@ class Actor:
     def optimizer_state(self) -> AbstractContextManager[None]:
         """What has to be around every use of the optimizer's state: an offloaded one is on the device in the body."""
         return self._offloaded.on_device() if self._offloaded is not None else nullcontext()
+
+    @cached_property
+    def _export_plan(self) -> list[ExportItem]:
+        """Which stage has what; made by the first export, since it takes all stages to make."""
+        return plan_export(self.chunks, self.family, self.shape, self.grid)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) pairs, on every rank; exhaust it, the gathers are collective."""

@@ -19,6 +19,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 
+_HYPERPARAMETERS = ("betas", "eps", "weight_decay")
+
 
 def build_optimizer(
     model: Sequence[DistributedDataParallel], config: OptimizerConfig, actor: ActorConfig, dtype: torch.dtype
@@ -86,6 +88,16 @@ def unshare_steps(optimizer: MegatronOptimizer) -> None:
         for state in adam.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+
+@contextmanager
+def hyperparameters_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Around a load: parameter groups bring the moments' decays and the weight decay along that the state was saved
+    with. Those of the configuration stay, so that a change which the user has accepted is one."""
+    kept = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        group.update(values)
 
 
 @contextmanager

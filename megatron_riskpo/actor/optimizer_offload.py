@@ -35,7 +35,7 @@ class OffloadedState:
             self._move_to_host()
 
     def _move_to_host(self) -> None:
-        for tensor in _state_tensors(self._optimizer):
+        for tensor in state_tensors(self._optimizer):
             # Page-locked where there is a GPU: pageable memory is several times slower to copy.
             copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
             tensor.untyped_storage().resize_(0)
@@ -48,7 +48,7 @@ class OffloadedState:
             tensor.copy_(copy)
 
 
-def _state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+def state_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
     """Tensors with memory of their own; a state that does not exist yet (before the first step) is not among them."""
     for inner in inner_optimizers(optimizer):
         # A rank whose share of the parameters is empty has no optimizer.

@@ -21,7 +21,7 @@ from megatron_riskpo.checkpoint.manifest import (
 from megatron_riskpo.checkpoint.retention import Retention, best_step, outdated, remove_checkpoint
 from megatron_riskpo.errors import RunError, UsageError
 
-HEADER = ("step", "size", "layout", "state", "saved", "")
+HEADER = ("step", "size", "layout", "state", "saved", "options", "")
 
 
 def list_checkpoints(run_dir: Path) -> int:
@@ -138,15 +138,16 @@ def _newest_verified(found: Sequence[Found]) -> Path:
     raise RunError(f"none of the {len(found)} checkpoints verifies; nothing was deleted")
 
 
-def _described(one: Found) -> tuple[str, str, str, str, str]:
-    """Step, size, layout, state and date, as the table shows them."""
+def _described(one: Found) -> tuple[str, ...]:
+    """Step, size, layout, state, date and options (the start of their hash), as the table shows them."""
     manifest_file = one.path / MANIFEST
     changed = (manifest_file if manifest_file.is_file() else one.path).stat().st_mtime
     date = datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M")
     if one.manifest is None:
-        return str(one.step), _readable(_bytes_on_disk(one.path)), "-", "damaged", date
+        return str(one.step), _readable(_bytes_on_disk(one.path)), "-", "damaged", date, "-"
     sizes = [f"{name}{size}" for name, size in one.manifest.layout.items() if size != 1]
-    return str(one.step), _readable(one.manifest.num_bytes), " ".join(sizes) or "1 rank", "complete", date
+    layout, options = " ".join(sizes) or "1 rank", one.manifest.config_hash[:8] or "-"
+    return str(one.step), _readable(one.manifest.num_bytes), layout, "complete", date, options
 
 
 def _bytes_on_disk(path: Path) -> int:

@@ -55,6 +55,8 @@ class Manifest:
     """By name relative to the folder."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The evaluation's, where the step was evaluated; manifests of earlier versions have none."""
+    config_hash: str = ""
+    """Of the resolved configuration that it was made under; empty in manifests of earlier versions."""
 
     @property
     def num_bytes(self) -> int:
@@ -79,10 +81,15 @@ def write_text_durably(path: Path, text: str) -> None:
     sync_to_disk(path.parent)
 
 
+def new_digest() -> "hashlib.blake2b":
+    """What FileEntry.blake2b is the hex digest of."""
+    return hashlib.blake2b(digest_size=16)
+
+
 def describe_file(path: Path) -> FileEntry:
     """Size and checksum of a file; raises OSError."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        digest = hashlib.file_digest(file, new_digest)
         return FileEntry(file.tell(), digest.hexdigest())
 
 
@@ -159,6 +166,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
         versions=dict(document["versions"]),
         files=files,
         metrics={name: float(value) for name, value in document.get("metrics", {}).items()},
+        config_hash=str(document.get("config_hash", "")),
     )
 
 

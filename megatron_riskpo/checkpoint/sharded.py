@@ -5,6 +5,10 @@ forks writers, 5 to 8 seconds for a small model. Here the same plan is written i
 the files are the same, and Megatron's own strategy loads them.
 """
 
+import copy
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +26,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from megatron_riskpo.actor.actor import Actor
-from megatron_riskpo.actor.optimizer import allocate_state, padding_counted, unshare_steps
-from megatron_riskpo.checkpoint.manifest import list_files, sync_to_disk
-from megatron_riskpo.distributed.grid import RankGrid
+from megatron_riskpo.actor.optimizer import allocate_state, hyperparameters_kept, padding_counted, unshare_steps
+from megatron_riskpo.checkpoint.manifest import FileEntry, list_files, sync_to_disk
+from megatron_riskpo.checkpoint.summed_file import SummingFileSystem
 from megatron_riskpo.errors import RunError
 
 
@@ -37,11 +43,13 @@ class Parts:
     """What is to be written."""
 
     sharded: dict[str, Any]
-    """This rank's tensors and objects, with their places in the whole."""
+    """This rank's tensors and objects by their names, as torch's writer takes them."""
     common: dict[str, Any]
     """The same on every rank (parameter groups); rank 0 writes it."""
     num_bytes: int
     """Of all ranks' tensors together."""
+    is_detached: bool
+    """All of it is on the host and apart from what training changes."""
 
 
 def _state(actor: Actor, is_loading: bool) -> dict[str, Any]:
@@ -53,25 +61,58 @@ def _state(actor: Actor, is_loading: bool) -> dict[str, Any]:
     # Megatron takes AdamW's state for granted, torch makes it at the first step.
     allocate_state(actor.optimizer)
     model = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(actor.chunks)}
-    with padding_counted(actor.optimizer):
+    with padding_counted(actor.optimizer), _heap_set_aside():
         optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
 
-def collect_parts(actor: Actor) -> Parts:
+@contextmanager
+def _heap_set_aside() -> Iterator[None]:
+    """Megatron collects garbage after it has gathered an optimizer's state, for programs without a collector: tenths of
+    a second to look at every Python object, all training standing still. In the body there is little to look at."""
+    # vLLM sets the heap aside for good.
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def collect_parts(actor: Actor, *, detached: bool) -> Parts:
     """Plan a save; collective (a distributed optimizer gathers its state to the first data-parallel rank).
 
-    Call it, and write, inside `actor.optimizer_state()`.
+    Call it inside `actor.optimizer_state()`. Detached parts may be written while training goes on; others are views of
+    the actor's tensors, to be written before the body ends.
     """
-    sharded, common = save_preprocess(_state(actor, is_loading=False))
-    own = sum(
-        piece.data.numel() * piece.data.element_size()
-        for piece in nested_values(sharded)
-        if isinstance(piece, ShardedTensor) and piece.data is not None and is_main_replica(piece.replica_id)
-    )
+    sharded, common = cast(tuple[dict[str, Any], dict[str, Any]], save_preprocess(_state(actor, is_loading=False)))
+    if detached:
+        common = copy.deepcopy(common)
+        # A distributed optimizer's state was gathered into tensors of its own.
+        live = ["model"] if actor.config.distributed_optimizer else ["model", "optimizer"]
+        for piece in _own_tensors({name: sharded[name] for name in live}):
+            piece.data = _host_copy(piece.data)
+    own = sum(piece.data.numel() * piece.data.element_size() for piece in _own_tensors(sharded))
     total = torch.tensor([own], dtype=torch.int64, device=actor.grid.device)
     dist.all_reduce(total, group=actor.grid.world)
-    return Parts(sharded, common, int(total.item()))
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    return Parts(mcore_to_pyt_state_dict(by_key), common, int(total.item()), detached)
+
+
+def _own_tensors(sharded: dict[str, Any]) -> list[ShardedTensor]:
+    """Those that this rank writes: of equal ones on several ranks one does."""
+    return [
+        piece
+        for piece in nested_values(sharded)
+        if isinstance(piece, ShardedTensor) and piece.data is not None and is_main_replica(piece.replica_id)
+    ]
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    # Page-locked where there is a GPU: pageable memory is several times slower to copy.
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def write_common(folder: Path, parts: Parts) -> None:
@@ -82,18 +123,23 @@ def write_common(folder: Path, parts: Parts) -> None:
         sync_to_disk(folder / name)
 
 
-def write_shards(folder: Path, parts: Parts, grid: RankGrid) -> None:
-    """Every rank's tensors, synced to the disk. Collective.
+def write_shards(folder: Path, parts: Parts, group: ProcessGroup) -> dict[str, FileEntry]:
+    """Every rank's tensors, synced to the disk; this rank's files, with the checksums of the bytes that went into
+    them. Collective over `group`, all ranks of the actor.
 
     Raises torch's CheckpointException on every rank if the write fails on one.
     """
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(parts.sharded, keep_only_main_replica=True)
+    # Copying ahead is for tensors on a GPU: it would open one in a thread that has none.
+    ahead = {"per_thread_copy_ahead": 0} if parts.is_detached else {}
+    writer = torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=True, **ahead)
+    writer.fs = files = SummingFileSystem()
     torch_checkpoint.save(
-        mcore_to_pyt_state_dict(by_key),
-        storage_writer=torch_checkpoint.FileSystemWriter(folder, thread_count=1, sync_files=True),
+        parts.sharded,
+        storage_writer=writer,
         planner=MCoreSavePlanner(flatten_state_dict=False),
-        process_group=grid.world,
+        process_group=group,
     )
+    return {name: entry for name, entry in files.entries.items() if name.endswith(DEFAULT_SUFFIX)}
 
 
 def load_sharded(folder: Path, actor: Actor) -> None:
@@ -109,5 +155,6 @@ def load_sharded(folder: Path, actor: Actor) -> None:
                        "or choose another run.name") from error  # fmt: skip
     for index, chunk in enumerate(actor.chunks):
         chunk.load_state_dict(loaded["model"][f"model{index}"])
-    actor.optimizer.load_state_dict(loaded["optimizer"])
+    with hyperparameters_kept(actor.optimizer):
+        actor.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(actor.optimizer)

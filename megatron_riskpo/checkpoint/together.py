@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -46,6 +46,13 @@ def run_together(group: ProcessGroup, work: Callable[[], T]) -> T:
     if known:
         raise GroupFailureError(known) from cause
     return result  # type: ignore[return-value]
+
+
+def from_first(value: Any, group: ProcessGroup) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    return box[0]
 
 
 def describe_failure(error: BaseException, rank: int) -> Failure:

@@ -39,10 +39,11 @@ class MetricsWriter:
         row = {**(self._last if repeated else {}), "step": step, **{k: to_number(v) for k, v in metrics.items()}}
         if repeated:
             self._file.seek(self._last_offset)
-            self._file.truncate()
         self._last, self._last_offset = row, self._file.tell()
         self._file.write(to_line(row).encode())
         self._file.flush()
+        # Not before: a run that is killed in between would have lost the line, and its checkpoint may stand already.
+        self._file.truncate()
         if self._events is not None:
             for key, value in metrics.items():
                 self._events.add_scalar(key, float(value), step)

@@ -1,5 +1,6 @@
 """What one rank does in test_training_state: train, save, resume, fail. Imported by the ranks."""
 
+import dataclasses
 import errno
 import random
 import resource
@@ -19,10 +20,16 @@ from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.actor.optimizer import inner_optimizers
 from megatron_riskpo.algorithms.config import PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
-from megatron_riskpo.checkpoint import training_state
+from megatron_riskpo.checkpoint import writing
 from megatron_riskpo.checkpoint.manifest import latest_complete, step_folders
 from megatron_riskpo.checkpoint.retention import Retention
-from megatron_riskpo.checkpoint.training_state import agree_on_latest, load_checkpoint, save_checkpoint
+from megatron_riskpo.checkpoint.saver import CheckpointSaver
+from megatron_riskpo.checkpoint.training_state import (
+    agree_on_latest,
+    load_checkpoint,
+    save_checkpoint,
+    verified_checkpoint,
+)
 from megatron_riskpo.config import ActorConfig, OptimizerConfig
 from megatron_riskpo.distributed.grid import build_grid
 from megatron_riskpo.errors import RiskpoError
@@ -99,12 +106,12 @@ def round_trip(layout: str, folder: Path) -> dict[str, Any]:
     saved = train(actor, range(3))["weights"]
     checkpoints = folder.parent / "saved" / layout
     start = time.perf_counter()
-    path = save_checkpoint(checkpoints, 3, actor, STATE, Retention(keep=2))
+    path = save_checkpoint(checkpoints, 3, actor, STATE, {}, Retention(keep=2))
     save_s = time.perf_counter() - start
     expected = train(actor, range(3, 5))
     fresh = make_actor(layout, folder.parent / "other_model", seed=2)
     start = time.perf_counter()
-    state = load_checkpoint(path, fresh)
+    state = load_checkpoint(verified_checkpoint(path, fresh.grid.world), fresh)
     load_s = time.perf_counter() - start
     found = train(fresh, range(3, 5))
     return {"saved": saved, "expected": expected, "found": found, "state": state, "seconds": (save_s, load_s)}
@@ -113,7 +120,7 @@ def round_trip(layout: str, folder: Path) -> dict[str, Any]:
 def across(saved: str, loaded: str, folder: Path) -> dict[str, Any]:
     """Load what another layout saved: the weights, and what the next two steps give."""
     actor = make_actor(loaded, folder.parent / "other_model", seed=2)
-    load_checkpoint(folder.parent / "saved" / saved / "step_3", actor)
+    load_checkpoint(verified_checkpoint(folder.parent / "saved" / saved / "step_3", actor.grid.world), actor)
     weights = {name: tensor.clone() for name, tensor in actor.export_weights()}
     return {"weights": weights, "num_optimizer_steps": actor.num_optimizer_steps, "next": train(actor, range(3, 5))}
 
@@ -130,22 +137,22 @@ def failing_saves(folder: Path) -> dict[str, Any]:
     """The disk is full on one of two ranks, at three places of a save."""
     actor = make_actor("tp2", folder.parent / "model", seed=1)
     checkpoints = folder.parent / "full"
-    save_checkpoint(checkpoints, 1, actor, STATE, Retention(keep=2))
+    save_checkpoint(checkpoints, 1, actor, STATE, {}, Retention(keep=2))
     no_space = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     places = {
         "shards": (1, FileSystemWriter, "write_data"),
-        "common": (0, training_state, "write_common"),
-        "rng": (1, training_state, "rng_state"),
-        "manifest": (0, training_state, "write_manifest"),
+        "common": (0, writing, "write_common"),
+        "rng": (1, writing, "sync_to_disk"),
+        "manifest": (0, writing, "write_manifest"),
     }
     results = {}
     for name, (rank, owner, attribute) in places.items():
         with mock.patch.object(owner, attribute, no_space if dist.get_rank() == rank else getattr(owner, attribute)):
-            error = error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, Retention(keep=2)))
+            error = error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, {}, Retention(keep=2)))
         names = sorted(path.name for path in checkpoints.iterdir())
         results[name] = error, names, latest_complete(checkpoints)
         dist.barrier()
-    save_checkpoint(checkpoints, 2, actor, STATE, Retention(keep=2))
+    save_checkpoint(checkpoints, 2, actor, STATE, {}, Retention(keep=2))
     return results | {"after": latest_complete(checkpoints)}
 
 
@@ -155,16 +162,16 @@ def agreement(folder: Path) -> dict[str, Any]:
     checkpoints = folder.parent / "kept"
     nothing = agree_on_latest(checkpoints, actor.grid.world)
     for step in (1, 2, 10):
-        save_checkpoint(checkpoints, step, actor, STATE, Retention(keep=2))
+        save_checkpoint(checkpoints, step, actor, STATE, {}, Retention(keep=2))
     kept = [path.name for path in step_folders(checkpoints)]
     if dist.get_rank() == 0:
         flip_byte(next((checkpoints / "step_10" / "megatron").glob("*.distcp")))
     dist.barrier()
-    used = agree_on_latest(checkpoints, actor.grid.world)
-    error = error_of(lambda: load_checkpoint(checkpoints / "step_10", actor))
-    save_checkpoint(checkpoints, 10, actor, STATE, Retention(keep=2))
+    used = agree_on_latest(checkpoints, actor.grid.world).path
+    error = error_of(lambda: verified_checkpoint(checkpoints / "step_10", actor.grid.world))
+    save_checkpoint(checkpoints, 10, actor, STATE, {}, Retention(keep=2))
     return {"nothing": nothing, "kept": kept, "used": used, "error": error,
-            "replaced": agree_on_latest(checkpoints, actor.grid.world),
+            "replaced": agree_on_latest(checkpoints, actor.grid.world).path,
             "named": (checkpoints / "latest").read_text()}  # fmt: skip
 
 
@@ -175,7 +182,7 @@ def retention(folder: Path) -> list[list[str]]:
     rules = Retention(keep=1, keep_every=4, keep_best="eval/heldout/pass@1")
     kept = []
     for step, metrics in ((2, {"eval/heldout/pass@1": 0.5}), (3, {"eval/heldout/pass@1": 0.25}), (4, {}), (6, None)):
-        save_checkpoint(checkpoints, step, actor, STATE, rules, metrics)
+        save_checkpoint(checkpoints, step, actor, STATE, {}, rules, metrics)
         kept.append([path.name for path in step_folders(checkpoints)])
     return kept
 
@@ -187,23 +194,31 @@ def flip_byte(path: Path) -> None:
 
 
 def real_limits(folder: Path) -> dict[str, Any]:
-    """The system's own refusals: a limit on file sizes, and (where the test could mount one) a full file system."""
+    """The system's own refusals: a limit on file sizes, and (where the test could mount one) a full file system; of
+    saves at once and in the background."""
     actor = make_actor("one", folder.parent / "model", seed=1)
     results = {}
-    limited = folder.parent / "limited"
-    save_checkpoint(limited, 1, actor, STATE, Retention(keep=2))
+    limited, mounted = folder.parent / "limited", folder.parent / "small_disk"
+    save_checkpoint(limited, 1, actor, STATE, {}, Retention(keep=2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    results["limited"] = (
-        error_of(lambda: save_checkpoint(limited, 2, actor, STATE, Retention(keep=2))),
-        latest_complete(limited),
-    )
+    results["limited"] = refused_saves(limited, actor)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    mounted = folder.parent / "small_disk"
     if mounted.is_dir():
-        save_checkpoint(mounted, 1, actor, STATE, Retention(keep=2))
-        error = error_of(lambda: save_checkpoint(mounted, 2, actor, STATE, Retention(keep=2)))
-        results["mounted"] = error, latest_complete(mounted)
+        save_checkpoint(mounted, 1, actor, STATE, {}, Retention(keep=2))
+        results["mounted"] = refused_saves(mounted, actor)
+    return results
+
+
+def refused_saves(checkpoints: Path, actor: Actor) -> list[tuple[Any, ...]]:
+    """The error of each way to save, where it is raised, and what stands afterwards."""
+    results = []
+    for asynchronous in (False, True):
+        saver = CheckpointSaver(checkpoints, Retention(), {}, actor.grid, asynchronous=asynchronous, timeout_s=60)
+        of_save = error_of(lambda saver=saver: saver.save(2, actor, STATE, {}))
+        error = error_of(saver.wait) if asynchronous else of_save
+        names = sorted(path.name for path in checkpoints.iterdir() if path.name != "latest")
+        results.append((error, names, latest_complete(checkpoints)))
     return results
 
 
@@ -211,10 +226,27 @@ def unfit(folder: Path) -> dict[str, Any]:
     """Checkpoints of another model, and of another kind of optimizer."""
     saved = folder.parent / "saved"
     narrow = make_actor("one", folder.parent / "narrow_model", seed=1)
-    errors = {"model": error_of(lambda: load_checkpoint(saved / "one" / "step_3", narrow))}
+    one, plain = (
+        verified_checkpoint(saved / name / "step_3", narrow.grid.world) for name in ("one", "tp2 plain optimizer")
+    )
+    errors = {"model": error_of(lambda: load_checkpoint(one, narrow))}
     actor = make_actor("one", folder.parent / "model", seed=1)
-    errors["optimizer"] = error_of(lambda: load_checkpoint(saved / "tp2 plain optimizer" / "step_3", actor))
+    errors["optimizer"] = error_of(lambda: load_checkpoint(plain, actor))
     return errors
+
+
+def other_hyperparameters(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """What the optimizers go by after the load of a checkpoint that was made under others."""
+    found = {}
+    optimizer = dataclasses.replace(OPTIMIZER, beta1=0.5, beta2=0.75, eps=1e-2, weight_decay=0.25)
+    for layout in ("one", "one bfloat16"):
+        dtype = torch.bfloat16 if "bfloat16" in layout else torch.float32
+        grid = build_grid(LAYOUTS[layout], seed=1)
+        actor = Actor.from_hf(folder.parent / "model", LAYOUTS[layout], optimizer, dtype, grid)
+        load_checkpoint(verified_checkpoint(folder.parent / "saved" / layout / "step_3", grid.world), actor)
+        groups = actor.optimizer.param_groups
+        found[layout] = [(*group["betas"], group["eps"], group["weight_decay"]) for group in groups]
+    return found
 
 
 def alone(case: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -245,5 +277,6 @@ def run_one(folder: Path) -> dict[str, Any]:
         **{crossing: alone(across, *crossing, folder) for crossing in crossings},
         "limits": real_limits(folder),
         "unfit": unfit(folder),
+        "hyperparameters": other_hyperparameters(folder),
         "retention": retention(folder),
     }

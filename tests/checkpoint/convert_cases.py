@@ -42,7 +42,7 @@ def save_all(folder: Path) -> None:
     for family, tied, dtype in CASES:
         name, config = model_name(family, tied), layout(family)
         actor = Actor.from_hf(folder.parent / name, config, OptimizerConfig(), DTYPES[dtype], build_grid(config, 1))
-        save_checkpoint(folder.parent / "runs" / name / "checkpoints", STEP, actor, {}, Retention())
+        save_checkpoint(folder.parent / "runs" / name / "checkpoints", STEP, actor, {}, {}, Retention())
 
 
 def load_converted(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_riskpo.checkpoint.manifest import Manifest, describe_file, list_files, publish, write_manifest
 
 LAYOUT = {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "dp": 4}
+CONFIG_HASH = "0123456789abcdef"
 
 
 def write_checkpoint(folder: Path, step: int, metrics: Mapping[str, float] | None = None, num_shards: int = 1) -> Path:
@@ -17,7 +18,7 @@ def write_checkpoint(folder: Path, step: int, metrics: Mapping[str, float] | Non
     for number in range(num_shards):
         (partial / "megatron" / f"shard_{number}").write_bytes(bytes(range(256)) * 40)
     files = {name: describe_file(partial / name) for name in list_files(partial)}
-    write_manifest(partial, Manifest(step, LAYOUT, {}, {}, files, dict(metrics or {})))
+    write_manifest(partial, Manifest(step, LAYOUT, {}, {}, files, dict(metrics or {}), CONFIG_HASH))
     return publish(partial)
 
 

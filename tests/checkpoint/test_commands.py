@@ -45,14 +45,14 @@ def test_ls_is_a_table_without_reading_checksums(run, capfd):
     (run / "checkpoints" / "step_25.partial").mkdir()
     code, lines, _ = checkpoint(capfd, "ls", run)
     assert code == 0
-    assert lines[0].split() == ["step", "size", "layout", "state", "saved"]
+    assert lines[0].split() == ["step", "size", "layout", "state", "saved", "options"]
     cells = [line.split() for line in lines[1:5]]
     assert [row[:6] for row in cells] == [
         ["5", *cells[0][1:3], "-", "damaged", cells[0][5]],
         *([str(step), "30.0", "KiB", "tp2", "dp4", "complete"] for step in (10, 15, 20)),
     ]
     assert lines[1].endswith("megatron/shard_0 has 10239 bytes, the manifest says 10240")
-    assert [row[8:] for row in cells[1:]] == [["best"], [], ["latest"]]
+    assert [row[8:] for row in cells[1:]] == [["01234567", *marks] for marks in (["best"], [], ["latest"])]
     assert lines[5].startswith("step_25.partial: being written")
 
 

@@ -35,9 +35,8 @@ def small_disk(folder):
     subprocess.run(["umount", str(path)], check=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training_state")
+def make_models(folder):
+    """Two of each kind, with other weights: the one trained, and the one that a checkpoint is loaded into."""
     # 97 entries: tensor parallelism pads the vocabulary, one rank does not.
     make_tiny_qwen2(folder / "model", tied=True, seed=3, vocab_size=97)
     make_tiny_qwen2(folder / "other_model", tied=True, seed=4, vocab_size=97)
@@ -47,6 +46,11 @@ def folder(tmp_path_factory):
         make_tiny(folder / f"moe_{name}", "qwen3_moe", tied=False, seed=seed, vocab_size=97, hidden_size=64)
     make_tiny_qwen2(folder / "narrow_model", tied=True, seed=3, vocab_size=97, hidden_size=64)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("training_state"))
 
 
 @pytest.fixture(scope="module")
@@ -147,20 +151,24 @@ def test_real_checkpoints_verify(one, folder, capfd):
     assert "step_4: rng_0.pt has another checksum" in capfd.readouterr().out
 
 
+def assert_refused(results, reason):
+    assert len(results) == 2
+    for (kind, message), names, latest in results:
+        assert kind == "RunError"
+        assert reason in message
+        assert "earlier checkpoints are intact" in message
+        assert names == ["step_1"]
+        assert latest.name == "step_1"
+
+
 def test_limit_on_file_sizes(one):
-    (kind, message), latest = one["limits"]["limited"]
-    assert kind == "RunError"
-    assert "File too large" in message
-    assert latest.name == "step_1"
+    assert_refused(one["limits"]["limited"], "File too large")
 
 
 def test_full_file_system(one, small_disk):
     if small_disk is None:
         pytest.skip("may not mount a small file system here")
-    (kind, message), latest = one["limits"]["mounted"]
-    assert kind == "RunError"
-    assert "No space left on device" in message
-    assert latest.name == "step_1"
+    assert_refused(one["limits"]["mounted"], "No space left on device")
 
 
 def test_checkpoint_of_something_else_is_refused(one):
@@ -170,6 +178,11 @@ def test_checkpoint_of_something_else_is_refused(one):
     kind, message = one["unfit"]["optimizer"]
     assert kind == "UsageError"
     assert "distributed_optimizer is False there, True here" in message
+
+
+def test_hyperparameters_are_those_of_the_present_configuration(one):
+    for groups in one["hyperparameters"].values():
+        assert set(groups) == {(0.5, 0.75, 1e-2, 0.25)}
 
 
 def test_manifest_says_what_is_inside(two, folder):

@@ -91,6 +91,27 @@ def test_the_same_step_again_joins_its_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_kill_while_a_line_grows_leaves_it(tmp_path: Path) -> None:
+    """At every call on the file the line is there, whole: as it was, or with what was added."""
+    with MetricsWriter(tmp_path, False) as writer:
+        writer.write(1, {"a": 1})
+        seen, file = [], writer._file
+
+        class Watched:
+            def __getattr__(self, name: str) -> object:
+                def call(*arguments: object) -> object:
+                    result = getattr(file, name)(*arguments)
+                    seen.append(read_metrics(tmp_path))
+                    return result
+
+                return call
+
+        writer._file = Watched()
+        writer.write(1, {"b": 2})
+    assert seen
+    assert all(rows in ([{"step": 1, "a": 1}], [{"step": 1, "a": 1, "b": 2}]) for rows in seen)
+
+
 def test_reading_nothing_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no metrics\.jsonl"):
         read_metrics(tmp_path)

@@ -51,11 +51,11 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 """By layout and way."""
 
 
-def on_ranks(num_ranks: int, task: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The task's report of each rank."""
+def on_ranks(num_ranks: int, task: dict[str, Any], folder: Path, script: Path = RANK_SCRIPT) -> list[dict[str, Any]]:
+    """The task's report of each rank, which runs `script`."""
     file = folder / "task.json"
     file.write_text(json.dumps(task))
-    code = launch([sys.executable, str(RANK_SCRIPT), str(file)], num_ranks)
+    code = launch([sys.executable, str(script), str(file)], num_ranks)
     if code:
         raise RunError(f"the benchmark's ranks ended with exit code {code}; see the output above")
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(num_ranks)]

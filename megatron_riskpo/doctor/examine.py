@@ -1,0 +1,34 @@
+"""All of `riskpo doctor`'s lines for the machine at hand."""
+
+import resource
+import shutil
+import warnings
+from pathlib import Path
+
+from megatron_riskpo.doctor import machine
+from megatron_riskpo.doctor.line import Line
+from megatron_riskpo.doctor.packages import package_lines
+
+
+def examine(run_dir: Path) -> list[Line]:
+    """Packages first: the others need torch."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return package_lines(on_gpu=False)
+    import psutil
+
+    warnings.simplefilter("ignore")
+    gpus = machine.gpus_here()
+    memory = psutil.virtual_memory()
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return [
+        *package_lines(on_gpu=bool(gpus)),
+        *machine.gpu_lines(gpus, torch.version.cuda, driver=shutil.which("nvidia-smi") is not None),
+        machine.nccl_line(machine.nccl_version()),
+        machine.bubblewrap_line(*machine.try_bubblewrap()),
+        machine.host_memory_line(memory.available, memory.total, len(gpus)),
+        *machine.limit_lines(open_files, locked, on_gpu=bool(gpus)),
+        machine.disk_line(machine.measure_disk(run_dir)),
+    ]

@@ -1,0 +1,214 @@
+"""Memory and time react as they must; the search keeps the rules; what is refused is refused in train's words."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_riskpo.cli import main
+from megatron_riskpo.config import ActorConfig, TrainConfig
+from megatron_riskpo.config_checks import PLAN_RULES, TRAIN_RULES, problems
+from megatron_riskpo.config_io import load_config
+from megatron_riskpo.config_rules import Setup
+from megatron_riskpo.planning.gpus import GIB, GPUS
+from megatron_riskpo.planning.memory import complaints, engine_bytes
+from megatron_riskpo.planning.pipeline import bubble_share, layers_of_chunk, most_in_flight
+from megatron_riskpo.planning.plan import Plan, make_plan
+from megatron_riskpo.planning.search import candidates, search
+from megatron_riskpo.planning.workload import fullest_micro_batch, workload
+
+MODEL = {
+    "model_type": "qwen2",
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 8,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 8192,
+}
+H100 = GPUS["h100"]
+
+
+def config_of(toml, *overrides: str) -> TrainConfig:
+    own = ("--model.dtype", "bfloat16", "--data.prompts_per_step", "40", "--rollout.max_response_tokens", "2048")
+    return load_config(TrainConfig, toml(), [*own, *overrides])
+
+
+def plan_of(toml, world_size: int, *overrides: str) -> Plan:
+    return make_plan(config_of(toml, *overrides), MODEL, world_size, H100)
+
+
+def test_what_shares_memory_out_lowers_it(toml) -> None:
+    base = plan_of(toml, 1)
+    full, halves = plan_of(toml, 1, "--actor.recompute", "full"), plan_of(toml, 2, "--actor.tp", "2")
+    assert full.memory[0].activations.update < 0.5 * base.memory[0].activations.update
+    assert full.time.phases["update"].seconds > base.time.phases["update"].seconds
+    assert halves.memory[0].state.parameters < 0.51 * base.memory[0].state.parameters
+    waiting = plan_of(toml, 1, "--actor.offload_optimizer", "true").memory[0]
+    assert waiting.phases["rollout"]["optimizer"] == 0 < waiting.host == base.memory[0].state.optimizer
+    assert waiting.phases["update"].get("activations", 0) + waiting.phases["update"]["optimizer"] > 0
+
+
+def test_every_phase_is_there_and_adds_up(toml) -> None:
+    plan = plan_of(toml, 2, "--actor.pp", "2", "--actor.mini_batches", "2")
+    assert [rank.rank for rank in plan.memory] == [0, 1]
+    for rank in plan.memory:
+        assert list(rank.phases) == ["load", "rollout", "logprobs", "update", "sync"]
+        assert rank.peak == max(sum(items.values()) for items in rank.phases.values())
+    assert list(plan.time.phases) == ["rollout", "reward", "logprobs", "update", "sync"]
+    assert plan.time.phases["logprobs"].seconds > 0
+    assert plan.time.seconds == pytest.approx(sum(phase.seconds for phase in plan.time.phases.values()))
+    assert 0 < plan.time.mfu < 1
+
+
+def test_what_does_not_fit_is_said_with_numbers_and_a_remedy(toml) -> None:
+    plan = plan_of(toml, 1, "--rollout.gpu_memory_utilization", "0.95", "--actor.micro_batch_tokens", "65536")
+    (complaint,) = plan.complaints
+    assert complaint.startswith("phase update needs ")
+    assert "an H100 has 79.1; " in complaint
+    assert 'set actor.recompute to "full"' in complaint
+    assert "lower rollout.gpu_memory_utilization below 0.95" in complaint
+    small = dataclasses.replace(plan.config.rollout, gpu_memory_utilization=0.02)
+    config = dataclasses.replace(plan.config, rollout=small)
+    starved = [dataclasses.replace(plan.memory[0], engine=engine_bytes(config, MODEL, H100), phases={"load": {}})]
+    assert "leaves vLLM a KV cache of 0 tokens" in complaints(config, starved, H100)[0]
+
+
+def test_micro_batches_are_filled(toml) -> None:
+    lengths = fullest_micro_batch(config_of(toml, "--actor.micro_batch_tokens", "5000"))
+    assert lengths.num_tokens == 5000
+    # One longer than the budget goes alone.
+    alone = fullest_micro_batch(config_of(toml, "--actor.micro_batch_tokens", "100"))
+    assert alone.num_tokens == 2048 + 256
+    assert len(alone.prompts) == 1
+    work = workload(config_of(toml, "--actor.vp", "2", "--actor.pp", "4"), data_parallel=1)
+    assert work.micro_batches % 4 == 0
+
+
+def test_in_flight_as_the_schedules_have_it() -> None:
+    """Against the schedule played through: forward passes done and not yet gone back, on a stage."""
+    for pp, stage, num in ((4, 0, 8), (4, 3, 8), (4, 0, 2)):
+        warm_up = min(num, pp - stage - 1)
+        waiting = most = warm_up
+        for _ in range(num - warm_up):
+            waiting += 1
+            most = max(most, waiting)
+            waiting -= 1
+        assert most_in_flight(ActorConfig(pp=pp), stage, num) == {0: max(most, 1)}
+    assert most_in_flight(ActorConfig(pp=2, vp=2), 0, 8) == {0: 3, 1: 2}
+    assert most_in_flight(ActorConfig(pp=2, vp=2), 1, 8) == {0: 2, 1: 1}
+    assert bubble_share(ActorConfig(pp=4, vp=2), 8) == 3 / 16
+
+
+def test_layers_of_uneven_stages() -> None:
+    actor = ActorConfig(pp=8, first_stage_layers=11, last_stage_layers=11)
+    assert [layers_of_chunk(actor, 94, stage) for stage in range(8)] == [11, *[12] * 6, 11]
+    assert layers_of_chunk(ActorConfig(pp=2, vp=2), 8, 1) == 2
+
+
+def test_the_search_breaks_no_rule_and_its_plans_fit(toml) -> None:
+    config = config_of(toml, "--rollout.gpu_memory_utilization", "0.5")
+    every = list(candidates(config, MODEL, 4))
+    assert len(every) > 20
+    assert all(not list(problems(PLAN_RULES, Setup(candidate, 4, MODEL))) for candidate in every)
+    plans = search(config, MODEL, 4, H100, top=2)
+    assert len(plans) == 2
+    assert all(not plan.complaints for plan in plans)
+    assert plans[0].time.seconds <= plans[1].time.seconds
+    # Nothing that was left out is both faster and fits: the plain layout is as fast as any on so small a model.
+    assert plans[0].config.actor.tp * plans[0].config.actor.pp * plans[0].config.actor.cp == 1
+
+
+def test_no_layout_fits_where_none_can(toml) -> None:
+    big = MODEL | {"num_hidden_layers": 96, "hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 256000}
+    assert search(config_of(toml), big, 2, H100) == []
+
+
+WRONG = {
+    "bounds": (["--actor.tp", "0"], 1, {}),
+    "run_name": (["--run.name", "a/b"], 1, {}),
+    "templates": (["--data.prompt_template", "x"], 1, {}),
+    "model_type": ([], 1, {"model_type": "gpt2"}),
+    "model_sizes": ([], 1, {"hidden_size": "x"}),
+    "model_heads": ([], 1, {"num_key_value_heads": 3}),
+    "architecture": ([], 1, {"hidden_act": "gelu"}),
+    "tensor_parallel": (["--actor.tp", "3"], 3, {}),
+    "pipeline_parallel": (["--actor.pp", "3"], 3, {}),
+    "virtual_pipeline": (["--actor.pp", "2", "--actor.vp", "3"], 2, {}),
+    "expert_parallel": (["--actor.ep", "2"], 2, {}),
+    "world_split": (["--actor.cp", "2", "--rollout.engine", "vllm"], 3, {}),
+    "expert_ranks": (
+        ["--actor.ep", "3"],
+        3,
+        {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512},
+    ),
+    "sequence_parallel": (["--actor.sequence_parallel", "true"], 1, {}),
+    "engine_layout": (["--actor.cp", "2"], 2, {}),
+    "engine_split": (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, {}),
+    "lengths": (["--rollout.max_response_tokens", "9000"], 1, {}),
+    "pass_at_k": (["--evaluation.ks", "9"], 1, {}),
+    "keep_every": (["--checkpoint.keep_every", "7"], 1, {}),
+    "keep_best": (["--checkpoint.keep_best", "x"], 1, {}),
+    "mini_batches": (["--actor.mini_batches", "3"], 1, {}),
+    "overlong": (["--rewards.overlong_buffer_tokens", "64"], 1, {}),
+    "dynamic_sampling": (["--rollout.dynamic_sampling", "true", "--rollout.group_size", "1"], 1, {}),
+    "algorithm": (["--algorithm.alpha", "2"], 1, {}),
+    "kl_cov": (["--loss.kind", "kl_cov"], 1, {}),
+    "old_logprobs": (["--actor.old_logprobs", "rollout", "--mismatch.correction", "tis"], 1, {}),
+}
+"""By rule, what breaks it: options, ranks, changes of the model."""
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_plan_refuses_in_the_words_of_train(rule: str, tmp_path: Path, toml, capsys: pytest.CaptureFixture) -> None:
+    overrides, world_size, change = WRONG[rule]
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | change))
+    path = toml()
+    common = ("--model.path", str(tmp_path), "--run.ranks", str(world_size), "--data.prompts_per_step", "40")
+    # Before the overrides, some of which ask for vLLM.
+    common += ("--rollout.engine", "megatron")
+    said = {}
+    for command in (["train", path], ["plan", path]):
+        assert main([*command, *common, *overrides]) == 2
+        said[command[0]] = capsys.readouterr().err
+    assert said["plan"] == said["train"] != ""
+    assert len(said["plan"].splitlines()) == 1
+
+
+def test_every_rule_is_tried_but_those_of_the_machine() -> None:
+    assert {rule.__name__ for rule in TRAIN_RULES} - set(WRONG) == {"engine_available", "model_folder"}
+    assert {rule.__name__ for rule in TRAIN_RULES} - {rule.__name__ for rule in PLAN_RULES} == {"engine_available"}
+
+
+def test_the_command(tmp_path: Path, toml) -> None:
+    """In a process of its own: as text, and as JSON with flags behind the file; 1 where it does not fit."""
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    command = [sys.executable, "-m", "megatron_riskpo.cli", "plan", toml(), "--model", str(tmp_path / "config.json")]
+    own = ["--model.dtype", "bfloat16", "--data.prompts_per_step", "40", "--rollout.gpu_memory_utilization", "0.99"]
+    done = subprocess.run([*command, *own, "--gpus", "2", "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["gpus"] == 2
+    assert not plan["fits"]
+    assert plan["peak_bytes"] > 79 * GIB
+    assert plan["ranks"][0]["state"]["num_parameters"] > 10**8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "0"], "--gpus 0: give 1 or more"),
+        (["--dry-run", "--rank", "9"], "--rank 9: there are 1 ranks; give 0 to 0"),
+        (["--model", "nowhere.json"], "nowhere.json: no such file; give a model folder or its config.json"),
+        (["--gpu", "v100"], "invalid choice: 'v100'"),
+    ],
+)
+def test_wrong_flags(flags, message: str, tmp_path: Path, toml, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    model = [] if "--model" in flags else ["--model", str(tmp_path)]
+    assert main(["plan", toml(), "--data.prompts_per_step", "40", *model, *flags]) == 2
+    assert message in capsys.readouterr().err
