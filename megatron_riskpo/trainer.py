@@ -252,7 +252,8 @@ class Trainer:
     def save(self, metrics: dict[str, float]) -> None:
         """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown.
 
-        The rollout engine is not among it: what it samples depends on weights, prompts and seeds only."""
+        The rollout engine is not among it: what it samples depends on weights, prompts and seeds only. Of responses
+        under way the questions are saved."""
         state = {"step": self.step, "stream": self.source.state_dict(), "objective": self.objective.state_dict()}
         shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         self.saver.save(self.step, self.actor, state, shown)

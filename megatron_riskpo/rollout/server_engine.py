@@ -98,7 +98,11 @@ class ServerEngine:
         self._fleet: ServerFleet | None = None
         hosts = [""] * world_group.size()
         dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
-        self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
+        try:
+            self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
+        except RunError:
+            self.close()
+            raise
         # First of all at the end: requests under way would take the end of the servers for a failure.
         self._stack.callback(self._loop.cancel_all)
 
@@ -277,7 +281,6 @@ class ServerEngine:
         shared = [error]
         dist.broadcast_object_list(shared, group=self._group, group_src=0)
         if shared[0]:
-            self.close()
             raise RunError(shared[0])
 
 

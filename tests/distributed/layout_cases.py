@@ -106,7 +106,6 @@ LAYOUTS: dict[int, dict[str, ActorConfig]] = {
         "recompute attention": _layout(recompute="selective"),
         "recompute layers": _layout(recompute="full"),
         "offloaded optimizer": _layout(offload_optimizer=True),
-        "offloaded gradients": _layout(offload_gradients=True),
         "reference of 2 mini-batches": _layout(mini_batches=2, micro_batch_tokens=10**6),
     },
     2: {

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.bucket_file import Bucket, write_bucket
 from megatron_riskpo.rollout import server_push
 from megatron_riskpo.rollout.server_engine import ServerEngine
