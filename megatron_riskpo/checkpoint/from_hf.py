@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_riskpo.checkpoint.hf_folder import HfReader
-from megatron_riskpo.checkpoint.rows import Rows, first_numbers, runs_of
+from megatron_riskpo.checkpoint.rows import Rows, check_reordered, first_numbers, runs_of
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.checkpoint.weight_map.stored import stored_counts, stored_index, stored_keys
 
@@ -43,4 +43,5 @@ def megatron_slices(reader: HfReader, hf_config: Mapping[str, Any]) -> Iterator[
                 for first, tensor in zip(first_numbers(tensors), tensors, strict=True)
             ]
             order = template.fusion.fuse(numbers, shape)
+            check_reordered(torch.cat(numbers), order, key)
             yield Slice(key, stored_index(template, layer, expert), counts, Rows(key, runs_of(order, tensors)))

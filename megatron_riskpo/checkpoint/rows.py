@@ -186,6 +186,12 @@ def runs_of(order: torch.Tensor, tensors: Sequence[StoredTensor]) -> tuple[Run, 
     return tuple(runs)
 
 
+def check_reordered(numbers: torch.Tensor, fused: torch.Tensor, name: str) -> None:
+    """Raise RunError unless a fusion of row numbers has put them in another order, and done nothing else."""
+    if fused.ndim != 1 or not torch.equal(fused.sort().values, numbers):
+        raise RunError(f"{name}: its family's table does more than reorder rows, which the converter cannot follow")
+
+
 def first_numbers(tensors: Sequence[StoredTensor]) -> list[int]:
     """Numbers of the first rows, with a gap between tensors: no run goes from one to the next."""
     firsts, at = [], 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_riskpo.checkpoint.manifest import SHARDED
-from megatron_riskpo.checkpoint.rows import Rows, runs_of
+from megatron_riskpo.checkpoint.rows import Rows, check_reordered, runs_of
 from megatron_riskpo.checkpoint.source import check_content
 from megatron_riskpo.checkpoint.torch_dist import TorchDistReader
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
@@ -57,8 +57,9 @@ class MegatronWeights:
         """Its Hugging Face tensors. Raises RunError for a damaged file."""
         fused = self._reader.stored(parameter.key, parameter.at)
         # Without the padding of the vocabulary.
-        num_rows = sum(shape[0] for shape in parameter.shapes)
-        pieces = parameter.rule.fusion.unfuse(torch.arange(num_rows), self._shape)
+        numbers = torch.arange(sum(shape[0] for shape in parameter.shapes))
+        pieces = parameter.rule.fusion.unfuse(numbers, self._shape)
+        check_reordered(numbers, torch.cat(pieces), parameter.key)
         for name, piece, shape in zip(parameter.rule.hf, pieces, parameter.shapes, strict=True):
             rows = Rows(name, runs_of(piece, [fused]))
             if rows.shape != shape:
