@@ -26,7 +26,7 @@ class Copy:
 
 
 def run_copies(copies: Iterable[Copy]) -> None:
-    """Make all copies in their order: files that grow from front to back are written several times faster.
+    """Make all copies in their order: files that grow from front to back are written faster.
 
     Raises RunError (a source ends early) and OSError (a full disk, with the file's name).
     """

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_riskpo.checkpoint import rows as rows_module
@@ -43,6 +43,7 @@ def as_tensor(blocks, dtype, shape) -> torch.Tensor:
     return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     num_rows=st.integers(1, 23),
     width=st.integers(1, 9),
