@@ -56,6 +56,7 @@ setup(
             "ruff>=0.17",
             "pyright[nodejs]>=1.1.414",
             "packaging>=24",
+            "mbridge>=0.15,<0.16",
         ],
     },
     entry_points={"console_scripts": ["riskpo=megatron_riskpo.cli:main"]},

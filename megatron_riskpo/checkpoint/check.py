@@ -1,29 +1,34 @@
 """Whether a Hugging Face folder holds what its config.json asks for, and the same as another folder or a checkpoint."""
 
+import contextlib
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from megatron_riskpo.checkpoint.convert import checkpoint_weights, find_checkpoint
 from megatron_riskpo.checkpoint.hf_folder import HfReader
+from megatron_riskpo.checkpoint.rows import RowReader, Rows
+from megatron_riskpo.checkpoint.safetensors_writer import INDEX
+from megatron_riskpo.checkpoint.source import find_checkpoint
+from megatron_riskpo.checkpoint.team import Team
+from megatron_riskpo.checkpoint.to_hf import MegatronWeights
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.checkpoint.weight_map.shapes import Shape, hf_shapes
 from megatron_riskpo.config_io import load_model_config
 from megatron_riskpo.errors import UsageError
 
-INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_ROWS = 50
-_BLOCK = 2**22
-"""Values whose difference is in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def check_folder(folder: Path) -> list[Finding]:
     # Some writers store the tied head again.
     known = expected.keys() | ({HEAD} if tied else set())
     return [
+        *_missing_files(folder),
         *_missing(expected, reader.names, known),
         *_unknown(expected, reader.names, known),
         *(Finding(name, f"is in {' and '.join(files)}") for name, files in reader.files_of.items() if len(files) > 1),
@@ -55,20 +61,24 @@ def check_folder(folder: Path) -> list[Finding]:
     ]
 
 
-def compare(folder: Path, other: Path) -> list[Finding]:
-    """Every tensor of two model folders, or of a model folder and a checkpoint of the same model, bit for bit.
+def compare(team: Team, folder: Path, other: Path) -> list[Finding]:
+    """Every tensor of two model folders, or of a model folder and a checkpoint of the same model, bit for bit: the
+    findings of all processes, each of which reads a share.
 
     Raises UsageError if `other` is neither.
     """
-    reader = HfReader(folder)
-    findings, seen = [], set()
-    for name, tensor in _weights(other, folder):
-        seen.add(name)
-        if name not in reader.names:
-            findings.append(Finding(name, f"is in {other} only"))
-        elif difference := _difference(reader.whole(name), tensor):
-            findings.append(Finding(name, difference))
-    return findings + [Finding(name, f"is in {folder} only") for name in sorted(reader.names - seen)]
+    reader, weights = team.each(lambda: HfReader(folder)), _weights(team, other, folder)
+
+    def own() -> list[Finding]:
+        shared = sorted(reader.names & weights.keys())[team.rank :: team.size]
+        found = ((name, _difference(_rows(reader, name), weights[name]())) for name in shared)
+        return [Finding(name, what) for name, what in found if what]
+
+    lonely = [
+        *(Finding(name, f"is in {other} only") for name in weights if name not in reader.names),
+        *(Finding(name, f"is in {folder} only") for name in sorted(reader.names - weights.keys())),
+    ]
+    return sorted((finding for part in team.gather(own) for finding in part), key=lambda one: one.tensor) + lonely
 
 
 def report(findings: list[Finding]) -> str:
@@ -82,11 +92,22 @@ def report(findings: list[Finding]) -> str:
     return "\n".join([*lines, f"{len(findings)} differences in {num_tensors} tensors"])
 
 
-def _weights(source: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    if any(source.glob("*.safetensors")):
-        reader = HfReader(source)
-        return ((name, reader.whole(name)) for name in sorted(reader.names))
-    return checkpoint_weights(find_checkpoint(source, None), load_model_config(folder, "HF_DIR"))
+def _weights(team: Team, source: Path, folder: Path) -> Mapping[str, Callable[[], Rows]]:
+    """By Hugging Face name, what finds the tensor in its files."""
+    if team.first(lambda: any(source.glob("*.safetensors"))):
+        reader = team.each(lambda: HfReader(source))
+        return {name: partial(_rows, reader, name) for name in sorted(reader.names)}
+    checkpoint = find_checkpoint(source, None, team)
+    weights = team.each(lambda: MegatronWeights(checkpoint, load_model_config(folder, "HF_DIR")))
+    return {
+        name: partial(weights.tensor, parameter, index)
+        for parameter in weights.parameters
+        for index, name in enumerate(parameter.rule.hf)
+    }
+
+
+def _rows(reader: HfReader, name: str) -> Rows:
+    return Rows(name, reader.stored(name).runs())
 
 
 def _expected_shapes(hf_config: dict[str, Any]) -> dict[str, Shape]:
@@ -117,22 +138,32 @@ def _nearest(name: str, candidates: set[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, sorted(alike or candidates), n=1, cutoff=0.5)), None)
 
 
+def _missing_files(folder: Path) -> Iterator[Finding]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        for file, count in sorted(Counter(_listed(folder).values()).items()):
+            if not (folder / file).is_file():
+                yield Finding(file, f"is missing; {INDEX} puts {count} tensors there")
+
+
 def _against_index(folder: Path, reader: HfReader) -> Iterator[Finding]:
     try:
-        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        listed = _listed(folder)
+        for name in sorted(listed.keys() | reader.names):
+            files = reader.files_of.get(name, [])
+            if name not in listed:
+                yield Finding(name, f"is not in {INDEX}")
+            elif listed[name] not in files and (folder / listed[name]).is_file():
+                yield Finding(name, f"is in {' and '.join(files) or 'no file'}, {INDEX} says {listed[name]}")
     except FileNotFoundError:
         if len(list(folder.glob("*.safetensors"))) > 1:
             yield Finding(INDEX, "is missing, with several files")
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield Finding(INDEX, f"is not readable ({type(error).__name__}: {error})")
-        return
-    for name in sorted(listed.keys() | reader.names):
-        files = reader.files_of.get(name, [])
-        if name not in listed:
-            yield Finding(name, f"is not in {INDEX}")
-        elif listed[name] not in files:
-            yield Finding(name, f"is in {' and '.join(files) or 'no file'}, {INDEX} says {listed[name]}")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The index's file of each tensor."""
+    return json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
 
 
 def _shapes_and_dtypes(expected: dict[str, Shape], reader: HfReader, hf_config: dict[str, Any]) -> Iterator[Finding]:
@@ -151,39 +182,38 @@ def _shapes_and_dtypes(expected: dict[str, Shape], reader: HfReader, hf_config: 
 
 def _tied_head(reader: HfReader) -> Iterator[Finding]:
     if {EMBEDDING, HEAD} <= reader.names:
-        difference = _difference(reader.whole(HEAD), reader.whole(EMBEDDING))
+        difference = _difference(_rows(reader, HEAD), _rows(reader, EMBEDDING))
         if difference:
             yield Finding(HEAD, f"is not {EMBEDDING}, with tied embeddings: {difference}")
 
 
-def _difference(a: Tensor, b: Tensor) -> str | None:
+def _difference(a: Rows, b: Rows) -> str | None:
     """What two tensors differ in; None: not a bit."""
     if a.shape != b.shape:
         return f"has shape {list(a.shape)} there, {list(b.shape)} in the other"
     if a.dtype != b.dtype:
-        return f"is {_name(a)} there, {_name(b)} in the other"
-    x, y = _bits(a), _bits(b)
-    # As bits: a NaN is unlike itself, and the two zeros are alike.
-    if torch.equal(x, y):
-        return None
+        return f"is {_name(a.dtype)} there, {_name(b.dtype)} in the other"
     num_differing, largest = 0, 0.0
-    for of_a, of_b in zip(a.reshape(-1).split(_BLOCK), b.reshape(-1).split(_BLOCK), strict=True):
-        differs = (_bits(of_a) != _bits(of_b)).view(len(of_a), -1).any(1)
-        if differs.any():
-            gaps = (of_a[differs].double() - of_b[differs].double()).abs().nan_to_num(float("inf"))
-            num_differing, largest = num_differing + len(gaps), max(largest, gaps.max().item())
-    return (
-        f"{num_differing} of {a.numel()} values, by up to {largest:.3g} (checksums {_checksum(x)} and {_checksum(y)})"
-    )
+    for of_a, of_b in zip(RowReader().blocks(a), RowReader().blocks(b), strict=True):
+        # As bits: a NaN is unlike itself, and the two zeros are alike.
+        if np.array_equal(of_a, of_b):
+            continue
+        differs = (of_a != of_b).reshape(-1, a.dtype.itemsize).any(1)
+        x, y = (torch.from_numpy(block).view(a.dtype)[torch.from_numpy(differs)].double() for block in (of_a, of_b))
+        gaps = (x - y).abs().nan_to_num(float("inf"))
+        num_differing, largest = num_differing + len(gaps), max(largest, gaps.max().item())
+    if not num_differing:
+        return None
+    checksums = f"checksums {_checksum(a)} and {_checksum(b)}"
+    return f"{num_differing} of {prod(a.shape)} values, by up to {largest:.3g} ({checksums})"
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _checksum(rows: Rows) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for block in RowReader().blocks(rows):
+        digest.update(memoryview(block))
+    return digest.hexdigest()
 
 
-def _checksum(bits: Tensor) -> str:
-    return hashlib.blake2b(memoryview(bits.numpy()), digest_size=8).hexdigest()
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -3,13 +3,17 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_riskpo.checkpoint.safetensors_writer import DTYPE_OF_CODE, ShardWriter
+from megatron_riskpo.checkpoint.manifest import partial_of
+from megatron_riskpo.checkpoint.rows import Block, StoredTensor
+from megatron_riskpo.checkpoint.safetensors_writer import DTYPE_OF_CODE, INDEX, ShardWriter, name_shards
 from megatron_riskpo.checkpoint.weight_map.base import pad_vocab
 from megatron_riskpo.errors import UsageError
 
@@ -25,6 +29,7 @@ class HfReader:
         self.files_of: dict[str, list[str]] = {}
         """The files in which a tensor is; more than one is a mistake of the writer."""
         self._handle_of = {}
+        self._tables: dict[str, tuple[int, dict[str, Any]]] = {}
         for file in files:
             handle = _open(file)
             for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
@@ -40,9 +45,19 @@ class HfReader:
         """Of the whole tensor."""
         return tuple(self._slice(name).get_shape())
 
-    def whole(self, name: str) -> Tensor:
-        """One tensor."""
-        return self._handle_of[name].get_tensor(name)
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor's bytes are."""
+        shape, file = self.shape(name), self.files_of[name][-1]
+        dtype = getattr(torch, self.dtype(name), None)
+        if dtype is None:
+            raise UsageError(f"{self.model_dir}: {name} is {self.dtype(name)}; save the model in bfloat16 or float32")
+        if file not in self._tables:
+            self._tables[file] = _read_table(self.model_dir / file)
+        start, table = self._tables[file]
+        place = start + table[name]["data_offsets"][0]
+        num_rows = shape[0] if shape else 1
+        whole = Block(self.model_dir / file, place, 0, num_rows, 0, prod(shape[1:]) * dtype.itemsize)
+        return StoredTensor(name, dtype, shape, (whole,))
 
     def dtype(self, name: str) -> str:
         """As config.json calls it."""
@@ -75,6 +90,21 @@ def _open(file: Path) -> Any:
         raise UsageError(f"{file} is damaged, or no safetensors file ({error}); copy or download it again") from error
 
 
+def _read_table(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and what it says of each; the file has been opened without
+    complaint."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return 8 + size, json.loads(stream.read(size))
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What a model folder holds beside the weights: config.json, tokenizer, generation_config.json and the like."""
+    suffixes = (".json", ".model", ".txt", ".jinja")
+    return [file for file in sorted(folder.iterdir())
+            if file.is_file() and file.suffix in suffixes and file.name != INDEX]  # fmt: skip
+
+
 def save_hf(
     target: str | Path, weights: Iterable[tuple[str, Tensor]], hf_config: dict[str, Any],
     add_files: Callable[[Path], None], is_writer: bool,
@@ -89,7 +119,7 @@ def save_hf(
             pass
         return
     target = Path(target)
-    building = target.with_name(target.name + ".partial")
+    building = partial_of(target)
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
@@ -108,10 +138,17 @@ def _write(folder: Path, weights: Iterable[tuple[str, Tensor]], hf_config: dict[
     writer = ShardWriter(folder)
     dtypes = set()
     for name, tensor in weights:
-        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        dtypes.add(tensor.dtype)
         writer.add(name, tensor)
-    writer.finish()
-    # One dtype throughout in what the actor trains; transformers and vLLM read it from here, older ones as torch_dtype.
+    name_shards(writer.finish())
+    # One dtype throughout in what the actor trains.
     (dtype,) = dtypes
-    config = {**hf_config, "dtype": dtype} | ({"torch_dtype": dtype} if "torch_dtype" in hf_config else {})
+    write_config(folder, hf_config, dtype)
+
+
+def write_config(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """config.json, with the weights' dtype."""
+    name = str(dtype).removeprefix("torch.")
+    # transformers and vLLM read it from here, older ones as torch_dtype.
+    config = {**hf_config, "dtype": name} | ({"torch_dtype": name} if "torch_dtype" in hf_config else {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

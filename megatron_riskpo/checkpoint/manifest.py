@@ -26,6 +26,11 @@ PARTIAL_SUFFIX = ".partial"
 FORMAT = 1
 
 
+def partial_of(target: Path) -> Path:
+    """Where a folder is built that appears as `target` when it is whole."""
+    return target.absolute().with_name(target.absolute().name + PARTIAL_SUFFIX)
+
+
 class DamagedCheckpointError(Exception):
     """The folder is no whole checkpoint; the message says why, without the folder's name."""
 

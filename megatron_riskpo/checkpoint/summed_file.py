@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystem
-from typing_extensions import Buffer
 
 from megatron_riskpo.checkpoint.manifest import FileEntry, new_digest
 
@@ -19,7 +19,8 @@ class SummedFile(io.BufferedWriter):
         super().__init__(io.FileIO(path, "wb"))
         self._digest, self._size = new_digest(), 0
 
-    def write(self, data: Buffer, /) -> int:
+    def write(self, data: Any, /) -> int:
+        """data: bytes-like."""
         self._digest.update(data)
         written = super().write(data)
         self._size += written

@@ -1,27 +1,27 @@
-"""Tensors of a torch_dist checkpoint one slice at a time, in one process, without model or process groups.
+"""Where the tensors of a torch_dist checkpoint lie in its files; one process, without model or process groups.
 
 The format's index (.metadata) is a pickle. It is read here with a list of the classes that may be in it, so that a
-checkpoint from elsewhere runs no code; the tensors are read by torch.load's safe loader.
+checkpoint from elsewhere runs no code; the tensors are read as bytes, their descriptions by torch.load's safe loader.
 """
 
 import pickle
 from collections import defaultdict
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_riskpo.checkpoint.rows import Block, StoredTensor
 from megatron_riskpo.errors import RunError, UsageError
 
 INDEX_FILE = ".metadata"
@@ -45,25 +45,13 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
 
 
-class _IntoOne(DefaultLoadPlanner):
-    """Puts everything that is read into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self.target = target
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.target
-
-
 class TorchDistReader:
     """The tensors of a folder. Raises UsageError if there is no readable index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         metadata = _read_index(folder)
-        self._reader = FileSystemReader(folder)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -81,26 +69,39 @@ class TorchDistReader:
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].properties.dtype
 
-    def read(self, key: str, at: tuple[int, ...] = ()) -> Tensor:
+    def stored(self, key: str, at: tuple[int, ...] = ()) -> StoredTensor:
         """tensor[at]: `at` counts along the leading dimensions (layers, experts), along which files hold single slices.
 
-        Raises RunError for a file that is missing or damaged.
+        Raises RunError for a file that is missing or damaged, as far as the places of the bytes tell.
         """
         entry = self._tensors[key]
-        wanted = ChunkStorageMetadata(torch.Size([*at, *(0 for _ in entry.size[len(at) :])]),
-                                      torch.Size([*(1 for _ in at), *entry.size[len(at) :]]))  # fmt: skip
-        target = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
-        stored = TensorStorageMetadata(entry.properties, entry.size, self._chunks_at(key, at))
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
-        num_read = sum(item.lengths.numel() for item in items)
-        if num_read != target.numel():
-            raise RunError(f"{self.folder}: {num_read} of the {target.numel()} elements of {key}{list(at)} are stored")
+        dtype, shape = entry.properties.dtype, tuple(entry.size[len(at) :])
+        blocks = [self._block(key, chunk, len(at), dtype) for chunk in self._chunks_at(key, at)]
+        num_stored = sum(block.num_rows * block.num_columns for block in blocks) // dtype.itemsize
+        if num_stored != prod(shape):
+            raise RunError(f"{self.folder}: {num_stored} of the {prod(shape)} elements of {key}{list(at)} are stored")
+        return StoredTensor(key, dtype, shape, tuple(blocks))
+
+    def _block(self, key: str, chunk: ChunkStorageMetadata, num_leading: int, dtype: torch.dtype) -> Block:
+        offsets, sizes = chunk.offsets[num_leading:], chunk.sizes[num_leading:]
+        size = self._tensors[key].size[num_leading:]
+        if prod(chunk.sizes[:num_leading]) != 1 or sizes[2:] != size[2:]:
+            raise RunError(f"{self.folder}: {key} is cut into pieces {list(chunk.sizes)} of {list(self.shape(key))}, "
+                           "which this version does not read")  # fmt: skip
+        place = self._places[MetadataIndex(key, chunk.offsets)]
+        path = self.folder / place.relative_path
         try:
-            self._reader.read_data(LoadPlan(items), _IntoOne(target)).wait()
+            with path.open("rb") as file:
+                offset, tensor = locate(file, place.offset, place.length)
         except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise RunError(f"{self.folder}: {key} cannot be read: {reason}; take another checkpoint") from error
-        return target.view(entry.size[len(at) :])
+        if tensor.shape != chunk.sizes or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise RunError(f"{path}: {key} is not as the index says; take another checkpoint")
+        of_column = prod(size[2:]) * dtype.itemsize
+        row, num_rows = (offsets[0], sizes[0]) if sizes else (0, 1)
+        column, num_columns = (offsets[1], sizes[1]) if len(sizes) > 1 else (0, 1)
+        return Block(path, offset, row, num_rows, column * of_column, num_columns * of_column)
 
     def _chunks_at(self, key: str, at: tuple[int, ...]) -> list[ChunkStorageMetadata]:
         """The stored pieces of a slice; grouped once, since a search through those of all experts takes minutes."""
@@ -110,6 +111,17 @@ class TorchDistReader:
                 groups[tuple(chunk.offsets[: len(at)])].append(chunk)
             self._chunks[key, len(at)] = groups
         return self._chunks[key, len(at)].get(at, [])
+
+
+def locate(file: BinaryIO, start: int, length: int) -> tuple[int, Tensor]:
+    """Of the one tensor that torch.save wrote into these bytes of a file: where its own bytes begin, and the tensor
+    without them (on the meta device)."""
+    view = _create_file_view(file, start, length)
+    tensor = torch.load(view, map_location="meta", weights_only=True)
+    if not isinstance(tensor, Tensor):
+        raise RuntimeError(f"a {type(tensor).__name__} is stored in place of a tensor")
+    storage_start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    return start + storage_start + int(tensor.storage_offset()) * tensor.element_size(), tensor
 
 
 def _read_index(folder: Path) -> Metadata:

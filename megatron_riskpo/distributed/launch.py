@@ -99,8 +99,9 @@ def first_host(nodelist: str) -> str:
     return done.stdout.split()[0]
 
 
-def init_process_group(env: RankEnv, timeout_s: float) -> None:
-    """Initialise torch's default group: gloo for CPU tensors and, where there is a GPU, NCCL for GPU tensors.
+def init_process_group(env: RankEnv, timeout_s: float, *, on_cpu: bool = False) -> None:
+    """Initialise torch's default group: gloo for CPU tensors and, where there is a GPU, NCCL for GPU tensors; gloo
+    alone with on_cpu, whatever GPUs there are.
 
     `timeout_s`, in seconds, bounds the rendezvous and every collective. Raises RunError if there are fewer GPUs than
     local ranks.
@@ -109,7 +110,7 @@ def init_process_group(env: RankEnv, timeout_s: float) -> None:
     import torch.distributed as dist
 
     backend = "gloo"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         torch.cuda.set_device(_gpu_of(env, torch.cuda.device_count()))
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)

@@ -19,7 +19,7 @@ from megatron_riskpo.distributed.launch import RankEnv, init_process_group
 @contextlib.contextmanager
 def rank_runtime(env: RankEnv, run: RunConfig, actor: ActorConfig) -> Iterator[RankGrid]:
     """Process groups and seeds for the length of the body."""
-    _quieten_libraries()
+    quieten_libraries()
     cpu_backend.install()
     init_process_group(env, run.timeout_s)
     random.seed(run.seed)
@@ -32,7 +32,7 @@ def rank_runtime(env: RankEnv, run: RunConfig, actor: ActorConfig) -> Iterator[R
             dist.destroy_process_group()
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Megatron and torch warn, on every rank, of what this project has dealt with (no Apex, old collective names)."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

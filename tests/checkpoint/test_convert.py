@@ -1,5 +1,5 @@
-"""`riskpo convert`: what went into an actor laid out over four ranks comes out of its checkpoint bit for bit, read by
-one process without Megatron; what it writes, Megatron's own loader reads; wrong input is one line.
+"""`riskpo convert`: what it writes, Megatron's own loader reads into an actor laid out over four ranks; what that saves
+comes out of its checkpoint bit for bit, read by one process without Megatron; wrong input is one line.
 
 Not tested: checkpoints that TransformerEngine's modules wrote.
 """
@@ -18,36 +18,44 @@ from transformers import AutoTokenizer
 
 from megatron_riskpo.cli import main
 from megatron_riskpo.data.character_tokenizer import qwen2_tokenizer, train_character_model
-from tests.checkpoint.convert_cases import CASES, DTYPES, LOADED, NUM_RANKS, STEP, model_name, save_and_load
+from tests.checkpoint.convert_cases import (
+    CASES,
+    DTYPES,
+    NUM_RANKS,
+    STEP,
+    WHOLE,
+    load_and_save,
+    model_name,
+    run_name,
+)
 from tests.distributed.ranks import ROOT, run_on_ranks
-from tests.tiny_models import make_tiny
+from tests.tiny_models import FAMILIES, make_tiny
 
 pytestmark = pytest.mark.slow
 
-DTYPE_OF = {model_name(family, tied): dtype for family, tied, dtype in CASES}
 GENERATION = {"eos_token_id": [1, 2], "temperature": 0.7}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models, and a run of each with one checkpoint."""
+    """Models, what is converted of them, and a run of each with one checkpoint."""
     folder = tmp_path_factory.mktemp("convert")
     train_character_model(["1 + 2 = 3, 40 - 17 = 23"] * 20, folder / "tokenizer.model")
     tokenizer = qwen2_tokenizer(folder / "tokenizer.model")
-    for seed, (family, tied, _) in enumerate(CASES):
+    for seed, (family, tied) in enumerate((family, tied) for family in FAMILIES for tied in (True, False)):
         model = folder / model_name(family, tied)
         # 97 entries: two tensor-parallel ranks pad the vocabulary.
         make_tiny(model, family, tied=tied, seed=seed, vocab_size=97)
         tokenizer.save_pretrained(model)
         (model / "generation_config.json").write_text(json.dumps(GENERATION))
-    for family, tied in LOADED:
-        name = model_name(family, tied)
-        make_tiny(folder / f"{name}_other", family, tied=tied, seed=99, vocab_size=97)
-        assert main(["convert", "hf-to-megatron", str(folder / name), str(folder / "megatron" / name)]) == 0
-    results = run_on_ranks(f"{save_and_load.__module__}:{save_and_load.__name__}", NUM_RANKS, folder / "ranks")
-    for name in DTYPE_OF:
-        record = {"config": {"model": {"path": str(folder / name)}}}
-        (folder / "runs" / name / "config.json").write_text(json.dumps(record))
+    for family, tied, dtype in CASES:
+        target = folder / "megatron" / run_name(family, tied, dtype)
+        source = folder / model_name(family, tied)
+        assert main(["convert", "hf-to-megatron", str(source), str(target), "--dtype", dtype]) == 0
+    results = run_on_ranks(f"{load_and_save.__module__}:{load_and_save.__name__}", NUM_RANKS, folder / "ranks")
+    for family, tied, dtype in CASES:
+        record = {"config": {"model": {"path": str(folder / model_name(family, tied))}}}
+        (folder / "runs" / run_name(family, tied, dtype) / "config.json").write_text(json.dumps(record))
     torch.save(results, folder / "loaded.pt")
     return folder
 
@@ -63,44 +71,48 @@ def assert_equal(found, expected):
         assert torch.equal(found[key], value), key
 
 
-@pytest.mark.parametrize("name", DTYPE_OF)
-def test_weights_come_out_as_they_went_in(folder, tmp_path, name):
-    out = tmp_path / "out"
-    assert main(["convert", "megatron-to-hf", str(folder / "runs" / name), str(out)]) == 0
-    assert_equal(load_file(out / "model.safetensors"), expected_weights(folder, name, DTYPE_OF[name]))
-    config = json.loads((folder / name / "config.json").read_text())
-    assert json.loads((out / "config.json").read_text()) == {**config, "dtype": DTYPE_OF[name]}
+@pytest.mark.parametrize(("family", "tied", "dtype"), CASES)
+def test_weights_come_out_as_they_went_in(folder, tmp_path, family, tied, dtype):
+    out, model = tmp_path / "out", folder / model_name(family, tied)
+    assert main(["convert", "megatron-to-hf", str(folder / "runs" / run_name(family, tied, dtype)), str(out)]) == 0
+    assert_equal(load_file(out / "model.safetensors"), expected_weights(folder, model.name, dtype))
+    config = json.loads((model / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == {**config, "dtype": dtype}
     assert json.loads((out / "generation_config.json").read_text()) == GENERATION
-    ids = AutoTokenizer.from_pretrained(folder / name)("40 - 17 = 23").input_ids
+    ids = AutoTokenizer.from_pretrained(model)("40 - 17 = 23").input_ids
     assert AutoTokenizer.from_pretrained(out)("40 - 17 = 23").input_ids == ids
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("case", LOADED)
-def test_megatron_loads_what_came_from_a_folder(folder, case):
+@pytest.mark.parametrize(("family", "tied", "dtype"), WHOLE)
+def test_megatron_loads_the_run_whole(folder, family, tied, dtype):
     for of_rank in torch.load(folder / "loaded.pt"):
-        assert_equal(of_rank[model_name(*case)], expected_weights(folder, model_name(*case), "float32"))
+        expected = expected_weights(folder, model_name(family, tied), dtype)
+        assert_equal(of_rank[run_name(family, tied, dtype)], expected)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in DTYPE_OF for dtype in DTYPES])
-def test_there_and_back_without_ranks(folder, tmp_path, name, dtype):
-    there, back = str(tmp_path / "there"), str(tmp_path / "back")
-    assert main(["convert", "hf-to-megatron", str(folder / name), there, "--dtype", dtype]) == 0
-    assert main(["convert", "megatron-to-hf", there, back, "--model", str(folder / name)]) == 0
-    assert_equal(load_file(f"{back}/model.safetensors"), expected_weights(folder, name, dtype))
+@pytest.mark.parametrize(("family", "tied", "dtype"), CASES)
+def test_there_and_back_without_ranks(folder, tmp_path, family, tied, dtype):
+    there, back = str(folder / "megatron" / run_name(family, tied, dtype)), str(tmp_path / "back")
+    # config.json and tokenizer were carried along.
+    assert main(["convert", "megatron-to-hf", there, back]) == 0
+    assert_equal(load_file(f"{back}/model.safetensors"), expected_weights(folder, model_name(family, tied), dtype))
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == GENERATION
     assert main(["convert", "check", back, there]) == 0
 
 
 def test_comparison_with_a_run(folder, capfd):
-    assert main(["convert", "check", str(folder / "qwen3_moe_tied"), str(folder / "runs" / "qwen3_moe_tied")]) == 0
-    assert main(["convert", "check", str(folder / "qwen3_untied"), str(folder / "runs" / "qwen3_untied")]) == 0
-    assert main(["convert", "check", str(folder / "qwen2_tied_other"), str(folder / "runs" / "qwen2_tied")]) == 1
+    for name in ("qwen3_moe_tied", "qwen3_untied"):
+        assert main(["convert", "check", str(folder / name), str(folder / "runs" / f"{name}_float32")]) == 0
+    other = make_tiny(folder / "other_qwen2_tied", "qwen2", tied=True, seed=99, vocab_size=97)
+    assert main(["convert", "check", str(other), str(folder / "runs" / "qwen2_tied_float32")]) == 1
     assert "26 differences in 26 tensors" in capfd.readouterr().out
 
 
 def test_other_dtype_step_and_folders(folder, tmp_path, capfd):
     name = "qwen2_tied"
-    checkpoint = folder / "runs" / name / "checkpoints" / f"step_{STEP}"
+    run = folder / "runs" / f"{name}_float32"
+    checkpoint = run / "checkpoints" / f"step_{STEP}"
     moved = tmp_path / "moved"
     shutil.copytree(checkpoint, moved)
     options = ["--dtype", "bfloat16", "--model", str(folder / name), "--tokenizer", str(folder / "tokenizer.model")]
@@ -109,15 +121,14 @@ def test_other_dtype_step_and_folders(folder, tmp_path, capfd):
         assert main(["convert", "megatron-to-hf", str(source), str(out), *options]) == 0
         assert_equal(load_file(out / "model.safetensors"), expected_weights(folder, name, "bfloat16"))
         assert (out / "tokenizer.model").is_file()
-    run = str(folder / "runs" / name)
-    assert main(["convert", "megatron-to-hf", run, str(tmp_path / "out_2"), "--step", str(STEP)]) == 0
+    assert main(["convert", "megatron-to-hf", str(run), str(tmp_path / "out_2"), "--step", str(STEP)]) == 0
     assert "bfloat16" in capfd.readouterr().out
 
 
 def test_script_converts_without_megatron(folder, tmp_path):
     script = ROOT / "tools" / "convert_checkpoint.py"
     code = f"import runpy, sys; sys.modules['megatron'] = None; runpy.run_path('{script}', run_name='__main__')"
-    arguments = ["megatron-to-hf", str(folder / "runs" / "qwen3_untied"), str(tmp_path / "out")]
+    arguments = ["megatron-to-hf", str(folder / "runs" / "qwen3_untied_float32"), str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     assert_equal(load_file(tmp_path / "out" / "model.safetensors"), expected_weights(folder, "qwen3_untied", "float32"))
 
@@ -131,7 +142,7 @@ def one_line(capfd, arguments, code):
 
 
 def test_wrong_input_is_one_line(folder, tmp_path, capfd):
-    run, out = str(folder / "runs" / "qwen2_tied"), str(tmp_path / "out")
+    run, out = str(folder / "runs" / "qwen2_tied_float32"), str(tmp_path / "out")
 
     def message(*arguments):
         return one_line(capfd, ["megatron-to-hf", *arguments], 2)
@@ -163,7 +174,7 @@ def other_config(folder, tmp_path):
 
 def test_damaged_checkpoint_is_refused(folder, tmp_path, capfd):
     run = tmp_path / "run"
-    shutil.copytree(folder / "runs" / "qwen2_tied", run)
+    shutil.copytree(folder / "runs" / "qwen2_tied_float32", run)
     step = run / "checkpoints" / f"step_{STEP}"
     shards = next((step / "megatron").glob("*.distcp"))
     content = bytearray(shards.read_bytes())

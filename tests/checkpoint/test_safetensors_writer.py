@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_riskpo.checkpoint import safetensors_writer
-from megatron_riskpo.checkpoint.safetensors_writer import ShardWriter
+from megatron_riskpo.checkpoint.safetensors_writer import ShardWriter, name_shards
 
 
 def read_back(folder):
@@ -34,7 +34,7 @@ def test_one_file_holds_every_bit(tmp_path, dtype):
     writer = ShardWriter(tmp_path)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
-    writer.finish()
+    name_shards(writer.finish())
     files, found = read_back(tmp_path)
     assert [file.name for file in files] == ["model.safetensors"]
     assert_same_bits(found, {name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -49,7 +49,7 @@ def test_full_file_or_full_table_begins_the_next(tmp_path, monkeypatch, limit, v
     writer = ShardWriter(tmp_path)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
-    writer.finish()
+    name_shards(writer.finish())
     files, found = read_back(tmp_path)
     assert_same_bits(found, tensors)
     assert len(files) > 3
