@@ -3,6 +3,7 @@
 The numbers of system calls in escapes.py are x86-64's; elsewhere those attempts make other calls, and prove less.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -48,7 +49,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
         unix.listen()
         met: list[object] = []
         for listener in (server, unix):
-            threading.Thread(target=lambda listener=listener: met.append(_accept(listener)), daemon=True).start()
+            threading.Thread(target=_accept, args=(listener, met), daemon=True).start()
         before = sorted(os.listdir("/tmp")), sorted(os.listdir("/")), socket.gethostname()
         yield {
             "port": server.getsockname()[1], "unix_socket": folder / "unix", "secret": secret, "pid": process.pid,
@@ -62,9 +63,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]
         assert not met, "somebody connected"
 
 
-def _accept(listener: socket.socket) -> object:
-    while True:
-        return listener.accept()[1]
+def _accept(listener: socket.socket, met: list[object]) -> None:
+    with contextlib.suppress(OSError):  # closed at the end
+        met.append(listener.accept()[1])
 
 
 def run(runner: LocalRunner, program: str, stdin: str = "") -> CaseResult:
