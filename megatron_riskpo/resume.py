@@ -19,7 +19,8 @@ FREE_OPTIONS = (
     *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens"),
     *("actor.recompute", "actor.offload_optimizer"),
     *("rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
-    *("rewards.workers", "rewards.timeout_s"),
+    *("rewards.workers", "rewards.timeout_s", "rewards.cpu_s", "rewards.memory_gib", "rewards.sandbox_url"),
+    *("rewards.max_error_share", "rewards.gold_checks"),
     *("mismatch.abort_above", "optimizer.max_skipped_steps"),
 )
 ALL = "all"

@@ -70,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool["write"](folder / "mixed_sft.jsonl", (example for question in mixed for example in tool["solved"](question)))
     (folder / "sft.toml").write_text(SFT)
     (folder / "rl.toml").write_text(RL)
+    run(folder, "sft", "sft.toml")
     return folder
 
 
@@ -98,7 +99,6 @@ def is_right_program(answer: str, expected: str) -> bool:
 
 
 def test_each_source_has_its_own_grader_and_metrics(folder: Path):
-    run(folder, "sft", "sft.toml")
     run(folder, "train", "rl.toml", "--run.name", "mixed")
     rows = [json.loads(line) for line in (folder / "runs/mixed/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]

@@ -55,9 +55,14 @@ class GraderPool:
         self._room = threading.BoundedSemaphore(workers * PENDING_PER_WORKER)
         self._starts = [self._threads.submit(self._start, process) for process in self._processes]
 
+    def wait_until_started(self) -> None:
+        """Until all workers are up. Raises UsageError if a grader cannot be used here."""
+        for start in self._starts:
+            start.result()
+
     def submit(self, response: str, reference: Reference) -> "Future[Grade]":
         """Grade one response in the background, beside whatever the caller does meanwhile. Waits while too many
-        responses wait already. Raises UsageError if a grader cannot be loaded."""
+        responses wait already. Raises UsageError if a grader cannot be used."""
         for start in self._starts:
             if start.done():
                 start.result()

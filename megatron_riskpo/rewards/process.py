@@ -69,9 +69,7 @@ class GraderProcess:
             raise RunError(f"the grader process for {', '.join(self._graders)} did not start: {error}") from error
         if "error" in first:
             self._kill(process)
-            raise UsageError(
-                f"the grader {first['grader']} cannot be imported: {first['error']}; correct rewards.grader"
-            )
+            raise UsageError(f"the grader {first['grader']} cannot be used: {first['error']}")
         return process
 
     def close(self) -> None:

@@ -12,7 +12,6 @@ from megatron_riskpo.rewards.from_config import grader_options
 from megatron_riskpo.rewards.gold_check import check_gold, gold_answer, spread
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.reference import Reference, graders_of
-from megatron_riskpo.rewards.sandbox.backends import require_working
 
 Graded = tuple[Question, Reference]
 
@@ -23,15 +22,14 @@ def started_pool(
 ) -> GraderPool:  # fmt: skip
     """A pool for all questions, which `stack` closes. Collective.
 
-    Raises UsageError: a grader that cannot be loaded, programs to be graded and no sandbox that works, expected answers
+    Raises UsageError: a grader that cannot be used, programs to be graded and no sandbox that works, expected answers
     that do not grade 1.
     """
     options = grader_options(config.rewards)
     graders = graders_of(reference for _, reference in questions)
-    if "code" in graders:
-        require_working(options.code)
     pool = GraderPool(graders, config.rewards.workers, options, log)
     stack.callback(pool.close)
+    pool.wait_until_started()
     data, form = config.data, config.rewards.answer_form
     chosen = (
         [questions[i] for i in spread(len(questions), config.rewards.gold_checks)] if config.rewards.gold_checks else []

@@ -15,6 +15,7 @@ import signal
 import sys
 from typing import Any
 
+from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.graders import Grader, load_grader
 from megatron_riskpo.rewards.options import CodeOptions, GraderOptions
 
@@ -33,7 +34,8 @@ def main(config: dict[str, Any], parent_pid: int) -> int:
         try:
             graders.append(load_grader(name, options))
         except Exception as error:
-            answers.write(json.dumps({"error": _describe(error), "grader": name}) + "\n")
+            reason = str(error) if isinstance(error, UsageError) else f"it cannot be imported: {_describe(error)}"
+            answers.write(json.dumps({"error": reason, "grader": name}) + "\n")
             return 1
     answers.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin.buffer:

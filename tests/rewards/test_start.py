@@ -9,7 +9,6 @@ from megatron_riskpo.config import DataConfig, RewardConfig, TrainConfig
 from megatron_riskpo.data.sources import Question
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.from_config import references_of
-from megatron_riskpo.rewards.sandbox import bubblewrap
 from megatron_riskpo.rewards.start import started_pool
 
 SUMS = [Question(f"{n}+1=", str(n + 1), f"sums.jsonl:{n}", data_source="sums") for n in range(20)]
@@ -42,15 +41,15 @@ def test_a_prompt_that_asks_for_what_the_grader_does_not_read_stops_the_run(worl
 
 
 def test_only_questions_with_programs_need_a_sandbox(world, monkeypatch: pytest.MonkeyPatch):
-    def missing() -> str:
-        raise bubblewrap.Unavailable("bubblewrap (bwrap) is not installed")
-
-    monkeypatch.setattr(bubblewrap, "bwrap_path", missing)
+    monkeypatch.setenv("PATH", "/nowhere")  # the workers look for bwrap there
     start(SUMS, TrainConfig(), world)
-    with pytest.raises(UsageError, match=r"no working sandbox .*: bubblewrap .* is not installed; install bubblewrap"):
+    with pytest.raises(
+        UsageError,
+        match=r"code cannot be used: programs .* no working sandbox .*: bubblewrap .* is not installed; install",
+    ):
         start([*SUMS, PROGRAM], TrainConfig(), world)
 
 
 def test_a_users_grader_that_is_not_there_stops_the_run(world):
-    with pytest.raises(UsageError, match=r"the grader no\.such:grade cannot be imported"):
+    with pytest.raises(UsageError, match=r"the grader no\.such:grade cannot be used"):
         start(SUMS, TrainConfig(rewards=RewardConfig(grader="no.such:grade")), world)

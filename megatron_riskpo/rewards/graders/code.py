@@ -9,7 +9,7 @@ from typing import Any
 from megatron_riskpo.rewards.graders.text import same_json
 from megatron_riskpo.rewards.options import CodeOptions
 from megatron_riskpo.rewards.program_text import program_of
-from megatron_riskpo.rewards.sandbox.backends import code_runner
+from megatron_riskpo.rewards.sandbox.backends import working_runner
 from megatron_riskpo.rewards.sandbox.contract import Case, CaseResult
 
 FLOAT_TOLERANCE = 1e-6
@@ -25,9 +25,9 @@ class CodeGrader:
     """
 
     def __init__(self, options: CodeOptions) -> None:
-        """Raises bubblewrap.Unavailable: without a sandbox there is no grader."""
+        """Raises UsageError: without a sandbox that works there is no grader."""
         self._options = options
-        self._runner = code_runner(options)
+        self._runner = working_runner(options)
 
     def __call__(self, response: str, expected_answer: str, fields: Mapping[str, Any]) -> float:
         tests = fields["tests"]

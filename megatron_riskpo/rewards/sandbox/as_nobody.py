@@ -2,7 +2,8 @@
 processes only of accounts other than root.
 
 Nobody may not read /root, where an interpreter may lie: this process gets a mount namespace of its own, in which the
-needed paths are visible in a place that anyone may read. It goes with the process, and leaves nothing behind.
+needed paths are visible in a place that anyone may read. It goes with the process, all but an empty folder; what is
+mounted elsewhere stays as it is, and what the system mounts later is seen here, too.
 """
 
 import ctypes
@@ -11,25 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
-MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000  # linux/mount.h
+MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000  # linux/mount.h
 NOBODY = 65534
-PLACES = ("/mnt", "/media", "/srv", "/opt")
+PLACE = Path("/run/riskpo-sandbox")
+"""Only root writes to /run."""
 
 
 def visible_to_nobody(sources: Mapping[str, str]) -> dict[str, str]:
     """path inside -> path here, from sources like it. Once a process, by root. Raises OSError."""
-    place = next(
-        folder
-        for folder in PLACES
-        if os.path.isdir(folder) and not any(p.startswith(folder + "/") for p in sources.values())
-    )
+    PLACE.mkdir(mode=0o755, exist_ok=True)
     libc = ctypes.CDLL(None, use_errno=True)
     _checked(libc.unshare(CLONE_NEWNS), "unshare")
-    _mount(libc, "none", "/", "", MS_REC | MS_PRIVATE)
-    _mount(libc, "tmpfs", place, "tmpfs", 0, "mode=755,size=1m")
+    _mount(libc, "none", "/", "", MS_REC | MS_SLAVE)
+    _mount(libc, "tmpfs", str(PLACE), "tmpfs", 0, "mode=755,size=1m")
     seen = {}
     for number, (inside, here) in enumerate(sorted(sources.items())):
-        target = Path(place, str(number))
+        target = PLACE / str(number)
         if os.path.isdir(here):
             target.mkdir(mode=0o755)
         else:

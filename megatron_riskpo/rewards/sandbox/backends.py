@@ -26,20 +26,24 @@ def code_runner(options: CodeOptions) -> CodeRunner:
     return kinds[options.backend](options.url, options.test_cpu_s, options.memory_mib)
 
 
-def require_working(options: CodeOptions) -> None:
-    """Run a program of ours. Raises UsageError that says what to install: without a sandbox no program is ever run."""
+def working_runner(options: CodeOptions) -> CodeRunner:
+    """A runner that has run a program of ours. Raises UsageError that says what to install: without a sandbox no
+    program is ever run."""
     try:
         runner = code_runner(options)
         try:
             (result,) = runner.run(PROBE_PROGRAM, [PROBE])
-        finally:
+        except BaseException:
             runner.close()
+            raise
     except (Unavailable, SandboxError) as error:
         raise UsageError(
             f"programs cannot be graded, no working sandbox ({options.backend}): {error}; {REMEDY}"
         ) from error
     if (result.status, result.output.split()) != ("ok", ["42"]):
+        runner.close()
         raise UsageError(
             f"programs cannot be graded: the sandbox ({options.backend}) runs a program that should print 42 to "
             f"{result.status}, output {result.output!r:.60}; {REMEDY}"
         )
+    return runner

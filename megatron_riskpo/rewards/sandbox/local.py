@@ -182,5 +182,5 @@ def _sources_and_account() -> tuple[dict[str, str], int | None]:
         return sources, None
     try:
         return as_nobody.visible_to_nobody(sources), as_nobody.NOBODY
-    except (OSError, StopIteration) as error:
+    except OSError as error:
         raise bubblewrap.Unavailable(f"root, but without the right to mount ({error})") from error

@@ -14,14 +14,14 @@ from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.graders.code import CodeGrader
 from megatron_riskpo.rewards.options import CodeOptions
 from megatron_riskpo.rewards.sandbox import bubblewrap, seccomp
-from megatron_riskpo.rewards.sandbox.backends import code_runner, require_working
+from megatron_riskpo.rewards.sandbox.backends import code_runner, working_runner
 from megatron_riskpo.rewards.sandbox.contract import Case, SandboxError
 from tests.sandboxes import needs_sandbox
 
 
 @needs_sandbox
 def test_this_machine_has_one():
-    require_working(CodeOptions())
+    working_runner(CodeOptions()).close()
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def test_without_bubblewrap_programs_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(
         UsageError, match=r"bubblewrap \(bwrap\) is not installed; install bubblewrap and libseccomp .*apt-get"
     ):
-        require_working(CodeOptions())
-    with pytest.raises(bubblewrap.Unavailable):
+        working_runner(CodeOptions())
+    with pytest.raises(UsageError, match=r"no working sandbox"):
         CodeGrader(CodeOptions())
 
 
@@ -50,7 +50,7 @@ def test_without_libseccomp_programs_are_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(seccomp.ctypes, "CDLL", missing)
     with pytest.raises(UsageError, match=r"libseccomp.so.2 is not installed; install"):
-        require_working(CodeOptions())
+        working_runner(CodeOptions())
 
 
 def test_where_namespaces_are_forbidden_programs_are_refused(monkeypatch: pytest.MonkeyPatch, uncached: None, tmp_path):
@@ -60,7 +60,7 @@ def test_where_namespaces_are_forbidden_programs_are_refused(monkeypatch: pytest
     tmp_path.chmod(0o755)
     monkeypatch.setattr(bubblewrap, "bwrap_path", lambda: str(bwrap))
     with pytest.raises(UsageError, match=r"No permissions to create new namespace|cannot be started"):
-        require_working(CodeOptions())
+        working_runner(CodeOptions())
 
 
 class Server(BaseHTTPRequestHandler):
@@ -161,6 +161,6 @@ def test_a_servers_failure_is_not_the_programs(url: str, backend: str):
     runner = code_runner(CodeOptions(backend=backend, url=url))
     with pytest.raises(SandboxError, match="out of"):
         list(runner.run("# broken server", [Case()]))
-    require_working(CodeOptions(backend=backend, url=url))
+    working_runner(CodeOptions(backend=backend, url=url))
     with pytest.raises(UsageError, match=f"no working sandbox \\({backend}\\): .*cannot be reached"):
-        require_working(CodeOptions(backend=backend, url="http://127.0.0.1:9"))
+        working_runner(CodeOptions(backend=backend, url="http://127.0.0.1:9"))
