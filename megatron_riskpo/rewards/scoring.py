@@ -46,15 +46,17 @@ def score_rollouts(
     responses = rollouts.responses()
     texts = tokenizer.batch_decode([responses[row] for row in mine], skip_special_tokens=True)
     grades = pool.score(texts, [references[row // group_size] for row in mine])
-    flat = torch.zeros(2, num_rows, dtype=torch.float64)
+    any_form = config.answer_form == "any"  # then every response has it, and a number an answer is enough
+    flat = torch.zeros(1 if any_form else 2, num_rows, dtype=torch.float64)
     flat[0, list(mine)] = torch.tensor([grade.score for grade in grades], dtype=torch.float64)
-    flat[1, list(mine)] = torch.tensor([has_form(text, config.answer_form) for text in texts], dtype=torch.float64)
+    flat[1:, list(mine)] = torch.tensor([has_form(text, config.answer_form) for text in texts], dtype=torch.float64)
     dist.all_reduce(flat, group=world)  # every row has one grader, the others add 0; an error is NaN and stays so
     errors = flat[0].isnan()
     if errors.double().mean() > config.max_error_share:
         raise RunError(_too_many_errors(int(errors.sum()), num_rows, grades, texts, config.max_error_share))
     shape = (len(references), group_size)
-    return Rewards(fill_errors(flat[0].view(shape)), errors.view(shape), flat[1].bool().view(shape))
+    formatted = torch.ones(shape, dtype=torch.bool) if any_form else flat[1].bool().view(shape)
+    return Rewards(fill_errors(flat[0].view(shape)), errors.view(shape), formatted)
 
 
 def mean_by_source(rewards: Rewards, sources: Sequence[str]) -> dict[str, float]:
