@@ -37,6 +37,7 @@ setup(
         "safetensors>=0.6.2",
         "einops>=0.8",
         "math-verify>=0.9,<0.10",
+        "sympy>=1.13,<2",
         "reasoning-gym>=0.1.25,<0.2",
         "tyro>=1,<2",
         "jaxtyping>=0.3",

@@ -36,7 +36,7 @@ class Groups:
         return Groups(
             rows=[self.rows[prompt] for prompt in prompts],
             rollouts=self.rollouts.select(responses),
-            rewards=Rewards(self.rewards.matrix[index], self.rewards.errors[index]),
+            rewards=Rewards(self.rewards.matrix[index], self.rewards.errors[index], self.rewards.formatted[index]),
         )
 
     @classmethod
@@ -46,7 +46,9 @@ class Groups:
             rows=[row for part in parts for row in part.rows],
             rollouts=Rollouts.concat([part.rollouts for part in parts]),
             rewards=Rewards(
-                torch.cat([part.rewards.matrix for part in parts]), torch.cat([part.rewards.errors for part in parts])
+                torch.cat([part.rewards.matrix for part in parts]),
+                torch.cat([part.rewards.errors for part in parts]),
+                torch.cat([part.rewards.formatted for part in parts]),
             ),
         )
 

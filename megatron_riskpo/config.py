@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_riskpo.algorithms.config import AlgorithmConfig, MismatchConfig, PolicyLossConfig
 from megatron_riskpo.checkpoint.retention import Retention
+from megatron_riskpo.rewards.reference import AnswerForm
 
 Scalar = int | float | bool | str
 
@@ -227,8 +228,30 @@ class BridgeConfig:
 class RewardConfig:
     """How responses are graded."""
 
-    answer_form: Literal["any", "boxed"] = "any"
-    """any: the last \\boxed{}, else the final answer as the text states it; boxed: only a \\boxed{} counts."""
+    grader: str = "math"
+    """Grades questions for which neither their own field `grader` nor `graders` says otherwise: math, choice, exact,
+    regex, json, numeric, reasoning_gym, code, module:function, FILE.py:function, or http://HOST:PORT/PATH."""
+    graders: dict[str, str] = field(default_factory=dict)
+    """Graders by data source (the field `source`, else the name of the file or task), for example primes = "code"."""
+    answer_form: AnswerForm = "any"
+    """Where the answer stands. any: the last \\boxed{}, else the final answer as the text states it; boxed, hash, tag:
+    only in a \\boxed{}, behind ####, in <answer></answer>. Programs have a form of their own."""
+    tolerance: float = 0.01
+    """Relative difference that the grader numeric accepts; a question's field `tolerance` wins."""
+    partial_credit: bool = False
+    """A program earns the share of its tests that it passes; else 1 or 0."""
+    sandbox: Literal["bubblewrap", "sandbox_fusion", "nemo_skills"] = "bubblewrap"
+    """Where programs run: in bubblewrap on this machine, or on a server."""
+    sandbox_url: str = ""
+    """Address of the SandboxFusion or nemo-skills server."""
+    test_cpu_s: float = 4.0
+    """CPU time of one test of a program, in seconds; beyond it the test fails."""
+    test_memory_mib: int = 512
+    """Address space of one test of a program, in MiB."""
+    program_timeout_s: float = 30.0
+    """Wall-clock time of all tests of one program, in seconds; tests not done by then fail."""
+    format_bonus: float = 0.0
+    """Added to the shaped reward of a response that has the answer form, right or wrong (not with any)."""
     overlong_buffer_tokens: int = 0
     """Lc (arXiv 2503.14476): the reward falls linearly over the last Lc tokens before rollout.max_response_tokens;
     0: off."""
@@ -236,8 +259,17 @@ class RewardConfig:
     """What a response of rollout.max_response_tokens loses, in units of reward."""
     timeout_s: float = 5.0
     """Wall-clock limit of grading one response, in seconds; beyond it the grade is an error, not a wrong answer."""
+    cpu_s: float = 10.0
+    """CPU limit of grading one response, over all threads of the worker, in seconds (rounded up)."""
+    memory_gib: float = 4.0
+    """Address space of a worker, in GiB."""
     workers: int = 1
     """Grader processes a rank."""
+    max_error_share: float = 0.25
+    """A batch of which a larger share could not be graded ends the run."""
+    gold_checks: int = 64
+    """Questions whose expected answer, in the form that the prompt asks for, must grade 1 before the run starts; 0:
+    none."""
 
 
 @dataclass(frozen=True)

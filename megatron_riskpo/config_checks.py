@@ -17,6 +17,7 @@ from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, und
 from megatron_riskpo.config_servers import SERVER_RULES, sleep_device, transfer_dir
 from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
+from megatron_riskpo.rewards.reference import check_grader_name
 
 
 def check_train(config: TrainConfig, world_size: int, model: Mapping[str, Any]) -> None:
@@ -198,6 +199,26 @@ def overlong(setup: Setup) -> str | None:
     return None
 
 
+def graders(setup: Setup) -> str | None:
+    rewards = setup.config.rewards
+    for name in (rewards.grader, *rewards.graders.values()):
+        try:
+            check_grader_name(name)
+        except UsageError as error:
+            return f"rewards.grader, rewards.graders: {error}"
+    if rewards.sandbox != "bubblewrap" and not rewards.sandbox_url.startswith(("http://", "https://")):
+        return (
+            f'rewards.sandbox = "{rewards.sandbox}" is a server, but rewards.sandbox_url = "{rewards.sandbox_url}" is '
+            'no address of one; set it to http://HOST:PORT, or rewards.sandbox to "bubblewrap"'
+        )
+    if rewards.format_bonus and rewards.answer_form == "any":
+        return (
+            f"rewards.format_bonus = {rewards.format_bonus:g} would be every response's with rewards.answer_form = "
+            '"any"; set the form to boxed, hash or tag, or the bonus to 0'
+        )
+    return None
+
+
 def dynamic_sampling(setup: Setup) -> str | None:
     config = setup.config
     if config.rollout.dynamic_sampling and config.rollout.group_size < 2:
@@ -323,6 +344,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     keep_best,
     mini_batches,
     overlong,
+    graders,
     dynamic_sampling,
     engine_available,
     algorithm,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_riskpo.config import DataConfig, TrainConfig
+from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length, too_few_questions
 from megatron_riskpo.config_io import resolved, write_run_record
 from megatron_riskpo.data.prompts import encode_prompts
@@ -20,6 +20,8 @@ from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.resume import check_resume, without_outdated
+from megatron_riskpo.rewards.from_config import references_of
+from megatron_riskpo.rewards.start import started_pool
 from megatron_riskpo.rollout.source import RolloutSource
 from megatron_riskpo.rollout.types import SamplingConfig
 
@@ -86,14 +88,16 @@ def _build(
     from megatron_riskpo.checkpoint.saver import CheckpointSaver
     from megatron_riskpo.objective import Objective
     from megatron_riskpo.resharding.bridge import Bridge
-    from megatron_riskpo.rewards.pool import MATH_GRADER, GraderPool
     from megatron_riskpo.trainer import Trainer
 
     observer = Observer(run_dir, config.logging, config.run.steps, start_step, is_writer=grid.rank == 0)
     tokenizer = load_tokenizer(config.model.path)
     train_questions, held_out_questions = load_split(config.data, config.run.seed)
-    train_set = _encoded(train_questions, "training", tokenizer, config.data, observer)
-    held_out = _encoded(held_out_questions, "held out", tokenizer, config.data, observer)
+    train_set = _encoded(train_questions, "training", tokenizer, config, observer)
+    held_out = _encoded(held_out_questions, "held out", tokenizer, config, observer)
+    # Before the model: a prompt and a grader that do not go together are found in seconds.
+    graded = [pair for part in (train_set, held_out) for pair in zip(part.questions, part.references, strict=True)]
+    pool = started_pool(config, graded, grid.world, observer.log, stack)
     stream = PromptStream(
         len(train_set.prompts), config.data.prompts_per_step, config.run.seed, option="data.prompts_per_step"
     )
@@ -110,8 +114,6 @@ def _build(
         asynchronous=config.checkpoint.asynchronous, timeout_s=config.run.timeout_s,
     )  # fmt: skip
     stack.callback(saver.close)
-    pool = GraderPool(MATH_GRADER, config.rewards.workers, config.rewards.timeout_s)
-    stack.callback(pool.close)
     return Trainer(
         config=config,
         actor=actor,
@@ -131,16 +133,16 @@ def _build(
     )
 
 
-def _encoded(questions: list[Question], what: str, tokenizer: Any, data: DataConfig, observer: Observer) -> Any:
+def _encoded(questions: list[Question], what: str, tokenizer: Any, config: TrainConfig, observer: Observer) -> Any:
     """Those of the questions whose prompt is short enough."""
     from megatron_riskpo.trainer import EncodedQuestions
 
-    prompts, kept = encode_prompts(questions, tokenizer, data)
+    prompts, kept = encode_prompts(questions, tokenizer, config.data)
     if len(kept) < len(questions):
         num_left_out = len(questions) - len(kept)
         observer.log(f"{what}: left out {num_left_out} of {len(questions)} questions, prompt too long")
     chosen = [questions[i] for i in kept]
-    return EncodedQuestions(prompts, [q.problem for q in chosen], [q.expected_answer for q in chosen])
+    return EncodedQuestions(prompts, chosen, references_of(chosen, config.rewards))
 
 
 def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid, run_dir: Path, observer: Observer) -> Any:

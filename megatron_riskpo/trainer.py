@@ -18,6 +18,7 @@ from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.checkpoint.saver import CheckpointSaver
 from megatron_riskpo.collect import Groups, collect
 from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.data.sources import Question
 from megatron_riskpo.data.stream import sample_seeds
 from megatron_riskpo.distributed.signals import StopSignal, agree
 from megatron_riskpo.errors import RunError
@@ -27,7 +28,8 @@ from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.observability.performance import peak_flops, update_metrics
 from megatron_riskpo.resharding.bridge import Bridge
 from megatron_riskpo.rewards.pool import GraderPool
-from megatron_riskpo.rewards.scoring import score_rollouts
+from megatron_riskpo.rewards.reference import Reference
+from megatron_riskpo.rewards.scoring import mean_by_source, score_rollouts
 from megatron_riskpo.rewards.shaping import shaped_rewards
 from megatron_riskpo.rollout.source import RolloutSource, staleness_metrics
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts
@@ -38,8 +40,8 @@ class EncodedQuestions:
     """Questions as the engine and the graders take them."""
 
     prompts: list[list[int]]
-    problems: list[str]
-    answers: list[str]
+    questions: list[Question]
+    references: list[Reference]
 
 
 @dataclass
@@ -111,6 +113,7 @@ class Trainer:
         mean_logprobs = segment_mean(logprobs, batch.rollouts.response_lengths).view_as(advantages)
         covariances = cov_logprob_advantage(mean_logprobs, advantages, batch.rewards.matrix)
         sampled = collected.metrics | self.rollout_metrics(collected.drawn.rollouts)
+        sampled |= self.source_metrics(collected.drawn)
         source = {"actor/old_logprobs_from_rollout": float(self.config.actor.old_logprobs == "rollout")}
         speed = self.update_speed(batch.rollouts)
         return {**learning, **update.metrics, **source, **covariances, **mismatch, **synced, **sampled, **speed}
@@ -121,9 +124,9 @@ class Trainer:
         with self.observer.phase("rollout"):
             rows, rollouts = self.source.draw(self.step, draw)
         with self.observer.phase("reward"):
-            answers = [self.train_set.answers[row] for row in rows]
+            references = [self.train_set.references[row] for row in rows]
             rewards = score_rollouts(
-                rollouts, answers, self.tokenizer, self.pool, config.rewards.answer_form, self.actor.grid.world
+                rollouts, references, self.tokenizer, self.pool, config.rewards, self.actor.grid.world
             )
         return Groups(rows, rollouts, rewards)
 
@@ -167,7 +170,8 @@ class Trainer:
     def shape(self, batch: Groups, tokens: TokenInputs) -> Tensor:
         """float64 [P, G]: the rewards that advantages are made of."""
         config = self.config
-        shaped = shaped_rewards(batch.rewards.matrix, batch.lengths, config.rewards, config.rollout.max_response_tokens)
+        rewards, longest = batch.rewards, config.rollout.max_response_tokens
+        shaped = shaped_rewards(rewards.matrix, batch.lengths, rewards.formatted, config.rewards, longest)
         if config.loss.kl_coefficient and config.loss.kl_in == "reward":
             lengths = batch.rollouts.response_lengths
             shaped = kl_penalty(shaped, tokens.old_logprobs, tokens.ref_logprobs, lengths, config.loss)
@@ -202,6 +206,10 @@ class Trainer:
             **staleness_metrics(self.step, rollouts),
         }
 
+    def source_metrics(self, drawn: Groups) -> dict[str, float]:
+        """reward/<source>/* of all that was sampled, where the questions are of more than one data source."""
+        return mean_by_source(drawn.rewards, [self.train_set.references[row].source for row in drawn.rows])
+
     def update_speed(self, rollouts: Rollouts) -> dict[str, float]:
         """perf/* of the step's optimizer steps, which saw each sequence once."""
         grid = self.actor.grid
@@ -227,8 +235,8 @@ class Trainer:
         texts = self.tokenizer.batch_decode(first.rollouts.responses(), skip_special_tokens=True)
         return [
             {
-                "problem": self.train_set.problems[first.rows[row // group_size]],
-                "expected_answer": self.train_set.answers[first.rows[row // group_size]],
+                "problem": self.train_set.questions[first.rows[row // group_size]].problem,
+                "expected_answer": self.train_set.questions[first.rows[row // group_size]].expected_answer,
                 "response": text,
                 "reward": float(first.rewards.matrix.flatten()[row]),
                 "shaped_reward": float(shaped.flatten()[row]),
@@ -245,8 +253,8 @@ class Trainer:
         seeds = sample_seeds(self.config.run.seed, 0, len(self.held_out.prompts), "evaluation")
         with self.observer.phase("evaluation"):
             return evaluate(
-                self.engine, self.held_out.prompts, self.held_out.answers, sampling, seeds, config, self.tokenizer,
-                self.pool, self.config.rewards.answer_form, self.actor.grid.world,
+                self.engine, self.held_out.prompts, self.held_out.references, sampling, seeds, config, self.tokenizer,
+                self.pool, self.config.rewards, self.actor.grid.world,
             )  # fmt: skip
 
     def save(self, metrics: dict[str, float]) -> None:

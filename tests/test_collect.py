@@ -38,7 +38,7 @@ def drawing(draws: list[list[bool]], asked: list[int]):
         asked.append(number)
         first = number * NUM_PROMPTS
         matrix = torch.tensor([[1.0, 0.0] if differ else [1.0, 1.0] for differ in draws[number]], dtype=torch.float64)
-        rewards = Rewards(matrix, torch.zeros_like(matrix, dtype=torch.bool))
+        rewards = Rewards(matrix, torch.zeros_like(matrix, dtype=torch.bool), torch.ones_like(matrix, dtype=torch.bool))
         return Groups(list(range(first, first + NUM_PROMPTS)), ragged(first, NUM_PROMPTS), rewards)
 
     return draw
@@ -92,4 +92,4 @@ def test_concat_of_rollouts_undoes_select():
 def test_errors_make_no_difference_between_rewards():
     matrix = torch.tensor([[1.0, 1.0, 1.0], [0.1, 0.1, 0.10000000000000002], [1.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
     errors = torch.tensor([[False, True, False], [False, False, True], [False, False, True], [True, True, True]])
-    assert rewards_differ(Rewards(matrix.double(), errors)).tolist() == [False, False, True, False]
+    assert rewards_differ(Rewards(matrix.double(), errors, ~errors)).tolist() == [False, False, True, False]

@@ -21,7 +21,9 @@ SORTED = AlgorithmConfig(bundling="sorted", bundle_size=2, quantile_source="trac
 
 def groups(rows: list[int], matrix: torch.Tensor) -> Groups:
     return Groups(
-        rows, rollouts_that_earn(matrix), Rewards(matrix.double(), torch.zeros_like(matrix, dtype=torch.bool))
+        rows,
+        rollouts_that_earn(matrix),
+        Rewards(matrix.double(), torch.zeros_like(matrix, dtype=torch.bool), torch.ones_like(matrix, dtype=torch.bool)),
     )
 
 

@@ -12,7 +12,9 @@ from megatron_riskpo.algorithms.config import MismatchConfig, PolicyLossConfig
 from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.collect import Groups
 from megatron_riskpo.config import ActorConfig, RewardConfig, RolloutConfig, TrainConfig
+from megatron_riskpo.data.sources import Question
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.rewards.reference import Reference
 from megatron_riskpo.rewards.scoring import Rewards
 from megatron_riskpo.rollout.types import Rollouts
 from megatron_riskpo.trainer import EncodedQuestions, Trainer
@@ -34,7 +36,8 @@ def two_groups() -> Groups:
         rollout_logprobs=-torch.arange(10) / 10, finished=torch.tensor([True, True, True, False]),
     )  # fmt: skip
     matrix = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    return Groups([5, 2], rollouts, Rewards(matrix, torch.zeros(2, 2, dtype=torch.bool)))
+    no, yes = torch.zeros(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool)
+    return Groups([5, 2], rollouts, Rewards(matrix, errors=no, formatted=yes))
 
 
 @pytest.mark.parametrize(("kl_in", "estimator"), [("loss", "k2"), ("reward", "k1")])
@@ -157,10 +160,11 @@ def test_a_data_position_that_is_not_there_starts_anew():
 
 def test_sample_rows_show_both_rewards():
     batch = two_groups()
+    questions = [Question(f"problem {i}", str(i), "here") for i in range(6)]
     one = trainer(
         TrainConfig(),
         tokenizer=DigitTokenizer(),
-        train_set=EncodedQuestions([[]] * 6, [f"problem {i}" for i in range(6)], [str(i) for i in range(6)]),
+        train_set=EncodedQuestions([[]] * 6, questions, [Reference(q.expected_answer) for q in questions]),
     )
     rows = one.sample_rows(batch, batch.rewards.matrix - 0.5, torch.arange(4.0).view(2, 2), num=9)
     assert [row["problem"] for row in rows] == ["problem 5", "problem 5", "problem 2", "problem 2"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any
@@ -20,8 +21,9 @@ ROUND = 1000
 RESERVED_OPTIONS = {"size": "data.train_size and data.evaluation_size", "seed": "run.seed"}
 
 
-def gym_problems(name: str, options: Mapping[str, Scalar], seed: int) -> Iterator[tuple[str, str]]:
-    """Problems of task `name` with their answers, without end; the same seed gives the same ones, in order.
+def gym_problems(name: str, options: Mapping[str, Scalar], seed: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Problems of task `name` with their answers and what the task's own verifier needs, without end; the same seed
+    gives the same ones, in order.
 
     Raises UsageError: unknown task or option (names the nearest), an option's value that the task refuses, or a task
     whose answers are not texts.
@@ -33,7 +35,15 @@ def gym_problems(name: str, options: Mapping[str, Scalar], seed: int) -> Iterato
             problem, answer = entry["question"].strip(), entry["answer"]
             if not isinstance(answer, str) or not answer.strip():
                 raise UsageError(f"reasoning_gym task {name} gives no answer text; choose another task")
-            yield problem, answer.strip()
+            yield problem, answer.strip(), _verifier_fields(name, entry)
+
+
+def _verifier_fields(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """gym_task and gym_entry as JSON values; nothing of an entry that has no JSON form."""
+    try:
+        return {"gym_task": name, "gym_entry": json.loads(json.dumps(entry))}
+    except (TypeError, ValueError):
+        return {}
 
 
 def _entries(name: str, options: Mapping[str, Scalar], seed: int) -> Iterator[dict[str, Any]]:

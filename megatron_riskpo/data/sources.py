@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from megatron_riskpo.config import Scalar
 from megatron_riskpo.errors import UsageError
 
 GYM_PREFIX = "reasoning_gym:"
+KNOWN_FIELDS = ("problem", "expected_answer", "solution", "reference_solution", "source")
+"""Fields of a JSONL line that a Question has by name."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,27 @@ class Question:
     """Where it comes from: reasoning_gym:NAME, or file:line."""
     solution: str | None = None
     """A worked response, where the source has one."""
+    data_source: str = ""
+    """What metrics and graders tell apart: the field `source` of a JSONL line, else the file's or the task's name."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """All other fields, JSON values: what a grader may need."""
 
 
 def read_source(source: str, *, size: int, seed: int, options: Mapping[str, Scalar]) -> list[Question]:
     """`size` questions of a reasoning-gym task ("reasoning_gym:NAME" with its options; the same seed gives the same
     questions, repeats are possible), or all of a JSONL file (`size` and `seed` do not matter then).
 
-    A JSONL line has `problem` and `expected_answer`, and may have `solution` (or `reference_solution`); other fields
-    are ignored. Raises UsageError that names what is wrong: the task or option and the nearest right one, or file:line.
+    A JSONL line has `problem` and `expected_answer` (not needed beside `tests`), and may have `solution` (or
+    `reference_solution`), `source` and `grader`; other fields go to the grader. Raises UsageError that names what is
+    wrong: the task or option and the nearest right one, or file:line.
     """
     if not source.startswith(GYM_PREFIX):
         return _read_jsonl(Path(source), options)
     from megatron_riskpo.data.gym import gym_problems  # importing reasoning-gym takes about 1 s
 
-    problems = gym_problems(source.removeprefix(GYM_PREFIX), options, seed)
-    return [Question(problem, answer, source) for problem, answer in islice(problems, size)]
+    name = source.removeprefix(GYM_PREFIX)
+    drawn = islice(gym_problems(name, options, seed), size)
+    return [Question(problem, answer, source, None, name, fields) for problem, answer, fields in drawn]
 
 
 def _read_jsonl(path: Path, options: Mapping[str, Scalar]) -> list[Question]:
@@ -67,7 +75,13 @@ def _parse_line(line: str, place: str) -> Question:
     solution = fields.get("solution") or fields.get("reference_solution")
     if solution is not None and not isinstance(solution, str):
         raise UsageError(f"{place}: `solution` is no text but {solution!r:.60}; put it in quotes")
-    return Question(_text(fields, "problem", place), _text(fields, "expected_answer", place), place, solution)
+    tests_alone = "tests" in fields and not fields.get("expected_answer")
+    answer = "" if tests_alone else _text(fields, "expected_answer", place)
+    source = fields.get("source") or Path(place.rpartition(":")[0]).stem
+    if not isinstance(source, str):
+        raise UsageError(f"{place}: `source` is no text but {source!r:.60}; put it in quotes")
+    others = {key: value for key, value in fields.items() if key not in KNOWN_FIELDS}
+    return Question(_text(fields, "problem", place), answer, place, solution, source, others)
 
 
 def _text(fields: dict[str, Any], name: str, place: str) -> str:

@@ -5,16 +5,17 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
-from megatron_riskpo.config import EvaluationConfig
+from megatron_riskpo.config import EvaluationConfig, RewardConfig
 from megatron_riskpo.evaluation.passk import pass_at_k_table
 from megatron_riskpo.rewards.pool import GraderPool
+from megatron_riskpo.rewards.reference import Reference
 from megatron_riskpo.rewards.scoring import score_rollouts
 from megatron_riskpo.rollout.types import RolloutEngine, SamplingConfig
 
 
 def evaluate(
-    engine: RolloutEngine, prompts: Sequence[Sequence[int]], answers: Sequence[str], sampling: SamplingConfig,
-    seeds: Sequence[int], config: EvaluationConfig, tokenizer: Any, pool: GraderPool, answer_form: str,
+    engine: RolloutEngine, prompts: Sequence[Sequence[int]], references: Sequence[Reference], sampling: SamplingConfig,
+    seeds: Sequence[int], config: EvaluationConfig, tokenizer: Any, pool: GraderPool, grading: RewardConfig,
     world: ProcessGroup, name: str = "heldout",
 ) -> dict[str, float]:  # fmt: skip
     """Unbiased eval/<name>/pass@k, with response length (tokens) and the share of truncated responses. Collective.
@@ -23,7 +24,7 @@ def evaluate(
     eval/<name>/errors.
     """
     rollouts = engine.generate(prompts, sampling, seeds)
-    rewards = score_rollouts(rollouts, answers, tokenizer, pool, answer_form, world)
+    rewards = score_rollouts(rollouts, references, tokenizer, pool, grading, world)
     table = pass_at_k_table((rewards.matrix > 0.5) & ~rewards.errors, config.ks)
     return {f"eval/{name}/pass@{k}": value for k, value in table.items()} | {
         f"eval/{name}/errors": float(rewards.errors.sum()),

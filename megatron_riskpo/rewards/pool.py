@@ -1,9 +1,11 @@
-"""Grade responses in processes of their own, each grading with a hard time-out."""
+"""Grade responses in processes of their own, each grading within hard limits."""
 
 import math
 import queue
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -11,9 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_riskpo.rewards.answers import quick_grade
+from megatron_riskpo.rewards.options import GraderOptions
 from megatron_riskpo.rewards.process import GraderDied, GraderProcess
+from megatron_riskpo.rewards.reference import BUILT_IN, Reference
 
-MATH_GRADER = "megatron_riskpo.rewards.math_grader:grade_math"
+PENDING_PER_WORKER = 256
+"""Responses that may wait a worker; whoever submits more waits."""
+PROGRESS_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Grade:
     score: float
     """The grader's number (math: 1.0 right, 0.0 wrong); NaN if `error` is set."""
     error: str | None = None
-    """Why the response could not be graded: the grader raised, overran its time, or died."""
+    """Why the response could not be graded: the grader raised, overran a limit, or died."""
 
 
 class GraderPool:
@@ -34,29 +40,76 @@ class GraderPool:
     idle worker is killed (pebble 5.2), while here one pipe a worker says which task it has.
     """
 
-    def __init__(self, grader: str, workers: int, timeout_s: float) -> None:
-        """`grader`: module:function, called with (response, expected answer), returns a number. `timeout_s`: wall-clock
-        limit of one grading, waiting for a free worker not counted. Workers start now, in the background."""
-        self._grader, self._timeout_s = grader, timeout_s
-        self._processes = [GraderProcess(grader) for _ in range(workers)]
+    def __init__(
+        self, graders: Sequence[str], workers: int, options: GraderOptions | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:  # fmt: skip
+        """`graders`: those that references may name. `options` has the limits of one grading; waiting for a free worker
+        is not counted. `log` takes a line of progress every half a minute. Workers start now, in the background."""
+        self._options = options or GraderOptions()
+        self._log = log
+        self._processes = [GraderProcess(graders, self._options) for _ in range(workers)]
         self._idle: queue.SimpleQueue[GraderProcess] = queue.SimpleQueue()
         # The threads live as long as the pool; on Linux a worker dies with the thread that started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
+        self._room = threading.BoundedSemaphore(workers * PENDING_PER_WORKER)
         self._starts = [self._threads.submit(self._start, process) for process in self._processes]
 
-    def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One Grade a response, in order. Takes at most about num_responses / workers * timeout_s.
+    def wait_until_started(self) -> None:
+        """Until all workers are up. Raises UsageError if a grader cannot be used here."""
+        for start in self._starts:
+            start.result()
 
-        Raises UsageError if the grader cannot be imported.
-        """
+    def submit(self, response: str, reference: Reference) -> "Future[Grade]":
+        """Grade one response in the background, beside whatever the caller does meanwhile. Waits while too many
+        responses wait already. Raises UsageError if a grader cannot be used."""
         for start in self._starts:
             if start.done():
                 start.result()
-        pairs = list(zip(responses, answers, strict=True))
-        # Trivial cases of the built-in grader cost microseconds here and a hundred times that in a worker.
-        quick = [quick_grade(*pair) if self._grader == MATH_GRADER else None for pair in pairs]
-        futures = {i: self._threads.submit(self._grade, *pairs[i]) for i, score in enumerate(quick) if score is None}
-        return [futures[i].result() if score is None else Grade(score) for i, score in enumerate(quick)]
+        # Trivial cases of mathematics cost microseconds here and a hundred times that in a worker.
+        quick = None
+        if reference.grader == "math":
+            quick = quick_grade(response, reference.expected_answer, self._options.answer_form)
+        if quick is not None:
+            done: Future[Grade] = Future()
+            done.set_result(Grade(quick))
+            return done
+        self._room.acquire()
+        future = self._threads.submit(self._grade, response, reference)
+        future.add_done_callback(lambda _: self._room.release())
+        return future
+
+    def score(self, responses: Sequence[str], references: Sequence[Reference]) -> list[Grade]:
+        """One Grade a response, in order. Takes at most about num_responses / workers * the limit of one grading.
+
+        Equal responses to the same question are graded once where the grader is built in: a policy that has learned
+        gives the same answer often. (A user's own grader may toss coins.)
+        """
+        submitted: dict[tuple[str, int], Future[Grade]] = {}
+        futures = []
+        for response, reference in zip(responses, references, strict=True):
+            key = (response, id(reference))
+            future = submitted.get(key) or self.submit(response, reference)
+            if reference.grader in BUILT_IN:
+                submitted[key] = future
+            futures.append(future)
+        return self.gather(futures)
+
+    def gather(self, futures: "Sequence[Future[Grade]]") -> list[Grade]:
+        """The grades of what was submitted, in the order of `futures`; says how far it is."""
+        grades, last_said = [], time.monotonic()
+        for future in futures:
+            grades.append(future.result())
+            if time.monotonic() - last_said > PROGRESS_EVERY_S:
+                last_said = time.monotonic()
+                num_errors = sum(grade.error is not None for grade in grades)
+                self._log(f"graded {len(grades)} of {len(futures)} responses ({num_errors} errors)")
+        return grades
+
+    @property
+    def num_restarts(self) -> int:
+        """Workers that took the place of one that was killed or died."""
+        return sum(max(process.num_starts - 1, 0) for process in self._processes)
 
     def close(self) -> None:
         """End all workers, also those in the middle of a task."""
@@ -76,10 +129,10 @@ class GraderPool:
         finally:
             self._idle.put(process)
 
-    def _grade(self, response: str, answer: str) -> Grade:
+    def _grade(self, response: str, reference: Reference) -> Grade:
         process = self._idle.get()
         try:
-            outcome = process.grade(response, answer, self._timeout_s)
+            outcome = process.grade(response, reference)
         except (TimeoutError, GraderDied) as error:
             return Grade(math.nan, str(error))
         finally:

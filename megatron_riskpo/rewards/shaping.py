@@ -1,6 +1,6 @@
 """What is added to the graders' rewards before advantages are made of them. The graded rewards stay as they are."""
 
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from megatron_riskpo.config import RewardConfig
@@ -21,11 +21,15 @@ def overlong_penalty(
 def shaped_rewards(
     rewards: Float64[Tensor, "num_prompts group_size"],
     lengths: Int64[Tensor, "num_prompts group_size"],
+    formatted: Bool[Tensor, "num_prompts group_size"],
     config: RewardConfig,
     max_response_tokens: int,
 ) -> Float64[Tensor, "num_prompts group_size"]:
-    """The rewards with the penalties that `config` asks for."""
-    if not config.overlong_buffer_tokens:
-        return rewards
-    penalty = overlong_penalty(lengths, max_response_tokens, config.overlong_buffer_tokens)
-    return rewards + config.overlong_penalty * penalty
+    """The rewards with the bonus (for responses that are `formatted`) and the penalty that `config` asks for."""
+    shaped = rewards
+    if config.format_bonus:
+        shaped = shaped + config.format_bonus * formatted
+    if config.overlong_buffer_tokens:
+        penalty = overlong_penalty(lengths, max_response_tokens, config.overlong_buffer_tokens)
+        shaped = shaped + config.overlong_penalty * penalty
+    return shaped

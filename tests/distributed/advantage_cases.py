@@ -7,11 +7,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_riskpo.algorithms import AlgorithmConfig, compute_advantages
-from megatron_riskpo.rewards.pool import MATH_GRADER, GraderPool
+from megatron_riskpo.config import RewardConfig
+from megatron_riskpo.rewards.pool import GraderPool
+from megatron_riskpo.rewards.reference import Reference
 from megatron_riskpo.rewards.scoring import score_rollouts
 from megatron_riskpo.rollout.types import Rollouts
 
 NUM_PROMPTS, GROUP_SIZE = 12, 8
+REFERENCES = [Reference("1")] * NUM_PROMPTS
 ESTIMATORS = {
     "riskpo": AlgorithmConfig(bundle_size=5),
     "riskpo tracked": AlgorithmConfig(bundle_size=4, quantile_source="tracked", scale="batch_std"),
@@ -41,12 +44,12 @@ def rollouts_that_earn(rewards: torch.Tensor) -> Rollouts:
 def advantages_on_this_rank(folder: Path) -> dict[str, list[Any]]:
     """(advantages, metrics, number of errors) of three steps, by estimator."""
     results: dict[str, list[Any]] = {}
-    with GraderPool(MATH_GRADER, workers=1, timeout_s=5) as pool:
+    with GraderPool(["math"], workers=1) as pool:
         for name, config in ESTIMATORS.items():
             tracker, generator, results[name] = None, torch.Generator().manual_seed(3), []
             for rewards in REWARDS:
                 rollouts = rollouts_that_earn(rewards)
-                scored = score_rollouts(rollouts, ["1"] * NUM_PROMPTS, DigitTokenizer(), pool, "any", dist.group.WORLD)
+                scored = score_rollouts(rollouts, REFERENCES, DigitTokenizer(), pool, RewardConfig(), dist.group.WORLD)
                 outputs = compute_advantages(scored.matrix, config, tracker=tracker, generator=generator)
                 tracker = outputs.tracker
                 results[name].append((outputs.advantages, outputs.metrics, int(scored.errors.sum())))

@@ -11,10 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.distributed.quantiles import global_quantiles
-from megatron_riskpo.rewards.pool import MATH_GRADER, GraderPool
+from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.scoring import score_rollouts
-from tests.distributed.advantage_cases import GROUP_SIZE, NUM_PROMPTS, REWARDS, DigitTokenizer, rollouts_that_earn
+from tests.distributed.advantage_cases import (
+    GROUP_SIZE,
+    NUM_PROMPTS,
+    REFERENCES,
+    REWARDS,
+    DigitTokenizer,
+    rollouts_that_earn,
+)
 
 LEVELS = (0.2, 0.5, 0.8, 1.0)
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter", "all_to_all")
@@ -112,9 +120,9 @@ def _too_large(world: dist.ProcessGroup, rank: int) -> str:
 
 
 def _scoring_calls() -> list[tuple[str, int]]:
-    with GraderPool(MATH_GRADER, workers=1, timeout_s=5) as pool, counted() as calls:
+    with GraderPool(["math"], workers=1) as pool, counted() as calls:
         rewards = score_rollouts(
-            rollouts_that_earn(REWARDS[0]), ["1"] * NUM_PROMPTS, DigitTokenizer(), pool, "any", dist.group.WORLD
+            rollouts_that_earn(REWARDS[0]), REFERENCES, DigitTokenizer(), pool, RewardConfig(), dist.group.WORLD
         )
     assert rewards.matrix.shape == (NUM_PROMPTS, GROUP_SIZE)
     return calls

@@ -5,11 +5,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_riskpo.config import EvaluationConfig
+from megatron_riskpo.config import EvaluationConfig, RewardConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.evaluation.evaluate import evaluate
 from megatron_riskpo.rewards.pool import Grade
-from megatron_riskpo.rewards.scoring import score_rollouts
+from megatron_riskpo.rewards.reference import Reference
+from megatron_riskpo.rewards.scoring import Rewards, mean_by_source, score_rollouts
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
 from tests.distributed.advantage_cases import DigitTokenizer, rollouts_that_earn
 
@@ -23,7 +24,7 @@ class ScriptedPool:
         self.scores = scores
         self.seen: list[str] = []
 
-    def score(self, responses: list[str], answers: list[str]) -> list[Grade]:
+    def score(self, responses: list[str], references: list[Reference]) -> list[Grade]:
         self.seen = responses
         return [Grade(score, "timed out" if score != score else None) for score in self.scores]
 
@@ -47,28 +48,73 @@ def world(tmp_path_factory):
 def test_errors_are_kept_apart(world):
     rollouts = rollouts_that_earn(torch.zeros(2, 4))
     pool = ScriptedPool([1, 1, 0, NAN, 0, 0, 0, 0])
-    rewards = score_rollouts(rollouts, ["1", "1"], DigitTokenizer(), pool, "any", world)
+    rewards = score_rollouts(rollouts, [Reference("1")] * 2, DigitTokenizer(), pool, RewardConfig(), world)
     assert rewards.errors.tolist() == [[False, False, False, True], [False] * 4]
     assert rewards.matrix[0].tolist() == pytest.approx([1, 1, 0, 2 / 3])
 
 
 def test_nothing_gradable_ends_the_run(world):
     rollouts = rollouts_that_earn(torch.zeros(1, 4))
-    with pytest.raises(RunError, match="all 4 responses of the batch, for example: timed out"):
-        score_rollouts(rollouts, ["1"], DigitTokenizer(), ScriptedPool([NAN] * 4), "any", world)
+    with pytest.raises(
+        RunError, match=r"failed on 4 of 4 responses .* = 0.25; for example: timed out \(response '0'\)"
+    ):
+        score_rollouts(rollouts, [Reference("1")], DigitTokenizer(), ScriptedPool([NAN] * 4), RewardConfig(), world)
+
+
+@pytest.mark.parametrize(("limit", "raises"), [(0.25, True), (0.5, False)])
+def test_more_errors_than_the_run_accepts_end_it(world, limit, raises):
+    rollouts = rollouts_that_earn(torch.zeros(1, 4))
+    arguments = (
+        [Reference("1")],
+        DigitTokenizer(),
+        ScriptedPool([1, NAN, 0, NAN]),
+        RewardConfig(max_error_share=limit),
+    )
+    if raises:
+        with pytest.raises(RunError, match=r"2 of 4 responses of the batch, more than rewards.max_error_share = 0.25"):
+            score_rollouts(rollouts, *arguments, world)
+        return
+    rewards = score_rollouts(rollouts, *arguments, world)
+    assert rewards.matrix.tolist() == [[1, 0.5, 0, 0.5]]
+
+
+def test_rewards_of_any_range_arrive_as_they_are(world):
+    scores = [-2.5, 0.0, 1e6, 0.125]
+    pool = ScriptedPool(scores)
+    rewards = score_rollouts(
+        rollouts_that_earn(torch.ones(1, 4)), [Reference("1")], DigitTokenizer(), pool, RewardConfig(), world
+    )
+    assert rewards.matrix.tolist() == [scores]
+
+
+def test_means_of_sources_are_kept_apart_and_left_out_where_there_is_one():
+    matrix = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    errors = torch.tensor([[False, True], [False, False], [False, False]])
+    rewards = Rewards(matrix, errors, torch.ones(3, 2, dtype=torch.bool))
+    assert mean_by_source(rewards, ["sums", "code", "sums"]) == {
+        "reward/code/mean": 1.0, "reward/code/errors": 0.0, "reward/sums/mean": 0.0, "reward/sums/errors": 1.0,
+    }  # fmt: skip
+    assert mean_by_source(rewards, ["sums"] * 3) == {}
 
 
 def test_an_ungradable_response_is_not_counted_as_solved(world):
     rollouts = rollouts_that_earn(torch.zeros(1, 4))
     metrics = evaluate(
-        ScriptedEngine(rollouts), [[7]], ["1"], SamplingConfig(4, 1, 1.0, (2,)), [0],
-        EvaluationConfig(num_samples=4, ks=(1,)), DigitTokenizer(), ScriptedPool([1, 1, NAN, NAN]), "any", world,
+        ScriptedEngine(rollouts), [[7]], [Reference("1")], SamplingConfig(4, 1, 1.0, (2,)), [0],
+        EvaluationConfig(num_samples=4, ks=(1,)), DigitTokenizer(), ScriptedPool([1, 1, NAN, NAN]),
+        RewardConfig(max_error_share=1.0), world,
     )  # fmt: skip
     assert metrics["eval/heldout/pass@1"] == pytest.approx(0.5)
     assert metrics["eval/heldout/errors"] == 2
 
 
-def test_boxed_only_hands_unboxed_text_on_as_no_answer(world):
-    pool = ScriptedPool([0.0] * 4)
-    score_rollouts(rollouts_that_earn(torch.ones(1, 4)), ["1"], DigitTokenizer(), pool, "boxed", world)
-    assert pool.seen == [""] * 4
+def test_responses_in_the_answer_form_are_marked(world):
+    class BoxingTokenizer:
+        def batch_decode(self, sequences, skip_special_tokens):
+            return [f"\\boxed{{{int(s[0])}}}" if int(s[0]) else "0" for s in sequences]
+
+    rewards = score_rollouts(
+        rollouts_that_earn(torch.tensor([[1, 0, 1, 0]])), [Reference("1")], BoxingTokenizer(),
+        ScriptedPool([1, 0, 1, 0]), RewardConfig(answer_form="boxed"), world,
+    )  # fmt: skip
+    assert rewards.formatted.tolist() == [[True, False, True, False]]

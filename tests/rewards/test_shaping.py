@@ -28,11 +28,25 @@ def test_equals_the_cases_of_the_paper(longest, data):
 def test_a_cut_response_loses_the_whole_penalty_and_the_rewards_stay():
     rewards = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
     config = RewardConfig(overlong_buffer_tokens=4, overlong_penalty=0.5)
-    shaped = shaped_rewards(rewards, torch.tensor([[6, 8, 10]]), config, max_response_tokens=10)
+    shaped = shaped_rewards(
+        rewards, torch.tensor([[6, 8, 10]]), torch.ones(1, 3, dtype=torch.bool), config, max_response_tokens=10
+    )
     assert shaped.tolist() == [[1.0, 0.75, -0.5]]
     assert rewards.tolist() == [[1.0, 1.0, 0.0]]
 
 
 def test_off_by_default():
     rewards = torch.ones(1, 2, dtype=torch.float64)
-    assert shaped_rewards(rewards, torch.tensor([[10, 10]]), RewardConfig(), 10) is rewards
+    assert (
+        shaped_rewards(rewards, torch.tensor([[10, 10]]), torch.ones(1, 2, dtype=torch.bool), RewardConfig(), 10)
+        is rewards
+    )
+
+
+def test_the_format_bonus_is_for_the_form_right_or_wrong():
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    formatted = torch.tensor([[True, False, True, False]])
+    config = RewardConfig(answer_form="boxed", format_bonus=0.25)
+    shaped = shaped_rewards(rewards, torch.ones(1, 4, dtype=torch.int64), formatted, config, max_response_tokens=10)
+    assert shaped.tolist() == [[1.25, 1.0, 0.25, 0.0]]
+    assert rewards.tolist() == [[1.0, 1.0, 0.0, 0.0]]

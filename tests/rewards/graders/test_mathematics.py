@@ -6,7 +6,11 @@ import time
 import pytest
 
 from megatron_riskpo.rewards.answers import final_answer, quick_grade
-from megatron_riskpo.rewards.math_grader import grade_math, math_verdict
+from megatron_riskpo.rewards.graders.mathematics import MathGrader, math_verdict
+
+
+def grade_math(response: str, expected_answer: str) -> float:
+    return MathGrader()(response, expected_answer, {})
 
 
 @pytest.mark.parametrize(

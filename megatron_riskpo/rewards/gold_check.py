@@ -1,0 +1,71 @@
+"""Do prompt and grader mean the same form of answer? Found out before the run, on the expected answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_riskpo.errors import UsageError
+from megatron_riskpo.rewards.pool import Grade, GraderPool
+from megatron_riskpo.rewards.reference import AnswerForm, Reference
+
+BOXED, HASH, TAG, FENCE = "\\boxed{ANSWER}", "#### ANSWER", "<answer>ANSWER</answer>", "```\nANSWER\n```"
+ASKED_BY = {"\\boxed": BOXED, "####": HASH, "<answer>": TAG, "```": FENCE}
+"""What a prompt says, and the form that it thereby asks for."""
+OF_FORM: dict[AnswerForm, str] = {"boxed": BOXED, "hash": HASH, "tag": TAG, "any": BOXED}
+MAX_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class GoldAnswer:
+    """An expected answer, as a response to its prompt would give it."""
+
+    place: str
+    """Where the question comes from, for errors."""
+    form: str
+    """One of the forms above, ANSWER in place of the answer."""
+    reference: Reference
+
+    @property
+    def response(self) -> str:
+        return self.form.replace("ANSWER", self.reference.expected_answer)
+
+
+def gold_answer(prompt: str, place: str, reference: Reference, answer_form: AnswerForm) -> GoldAnswer:
+    """In the form that the prompt's text asks for; where it asks for none, in the one that the grader reads."""
+    if reference.grader == "code":
+        bare = "program_template" in reference.fields and "```" not in prompt
+        return GoldAnswer(place, "ANSWER" if bare else FENCE, reference)
+    asked = [form for sign, form in ASKED_BY.items() if sign in prompt]
+    return GoldAnswer(place, asked[0] if asked else OF_FORM[answer_form], reference)
+
+
+def spread(num: int, limit: int) -> list[int]:
+    """At most `limit` of the indices 0 .. num - 1, evenly spread."""
+    return sorted({index * num // limit for index in range(limit)}) if limit < num else list(range(num))
+
+
+def check_gold(pool: GraderPool, answers: Sequence[GoldAnswer], answer_form: AnswerForm, world: ProcessGroup) -> None:
+    """Raise UsageError, on every rank, unless all answers grade 1 or more (those without one are left out).
+    Collective: every rank grades its share."""
+    mine = [answer for answer in answers if answer.reference.expected_answer][world.rank() :: world.size()]
+    grades = pool.score([answer.response for answer in mine], [answer.reference for answer in mine])
+    # "not >=": an error is NaN.
+    failed = [(answer, grade) for answer, grade in zip(mine, grades, strict=True) if not grade.score >= 1]
+    counts = torch.tensor([len(failed), len(mine)])
+    dist.all_reduce(counts, group=world)
+    if counts[0]:
+        shown = [_complaint(*pair, answer_form) for pair in failed[:MAX_EXAMPLES]]
+        raise UsageError(
+            f"{counts[0]} of {counts[1]} expected answers, given as the prompt asks for them, do not grade 1: "
+            f"{'; '.join(shown) or 'examples are on another rank'}; make the prompt ask for what the grader reads "
+            "(rewards.answer_form, rewards.grader), or correct the answers (rewards.gold_checks = 0 skips this check)"
+        )
+
+
+def _complaint(answer: GoldAnswer, grade: Grade, answer_form: AnswerForm) -> str:
+    got = grade.error if grade.error is not None else f"{grade.score:g}"
+    grader = f"{answer.reference.grader} (answer form {answer_form})"
+    return f"{answer.place}: {answer.response!r:.120} gets {got} from {grader}"

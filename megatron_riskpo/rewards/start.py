@@ -1,0 +1,40 @@
+"""The reward pool of a run, checked before anything is trained."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+from torch.distributed import ProcessGroup
+
+from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.data.prompts import prompt_text
+from megatron_riskpo.data.sources import Question
+from megatron_riskpo.rewards.from_config import grader_options
+from megatron_riskpo.rewards.gold_check import check_gold, gold_answer, spread
+from megatron_riskpo.rewards.pool import GraderPool
+from megatron_riskpo.rewards.reference import Reference, graders_of
+
+Graded = tuple[Question, Reference]
+
+
+def started_pool(
+    config: TrainConfig, questions: Sequence[Graded], world: ProcessGroup, log: Callable[[str], None],
+    stack: contextlib.ExitStack,
+) -> GraderPool:  # fmt: skip
+    """A pool for all questions, which `stack` closes. Collective.
+
+    Raises UsageError: a grader that cannot be used, programs to be graded and no sandbox that works, expected answers
+    that do not grade 1.
+    """
+    options = grader_options(config.rewards)
+    graders = graders_of(reference for _, reference in questions)
+    pool = GraderPool(graders, config.rewards.workers, options, log)
+    stack.callback(pool.close)
+    pool.wait_until_started()
+    data, form = config.data, config.rewards.answer_form
+    chosen = (
+        [questions[i] for i in spread(len(questions), config.rewards.gold_checks)] if config.rewards.gold_checks else []
+    )
+    prompts = [prompt_text(question.problem, data.strip_prefix, data.prompt_template) for question, _ in chosen]
+    answers = [gold_answer(prompt, q.source, ref, form) for prompt, (q, ref) in zip(prompts, chosen, strict=True)]
+    check_gold(pool, answers, form, world)
+    return pool
