@@ -15,6 +15,7 @@ from megatron_riskpo.convert_command import add_convert, run_convert
 from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launch, process_env, report_error
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import RiskpoError, UsageError
+from megatron_riskpo.resharding.plan_parser import add_plan
 
 if TYPE_CHECKING:
     from megatron_riskpo.config import SftConfig, TrainConfig
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, for example runs/quickstart")
     _add_checkpoint_parser(commands)
     add_convert(commands)
+    add_plan(commands)
     return parser
 
 
@@ -215,7 +217,20 @@ def _checkpoint(args: argparse.Namespace, arguments: list[str]) -> int:
     return prune_checkpoints(args.run_dir, args.keep, args.dry_run)
 
 
-_COMMANDS = {"train": _run, "sft": _run, "report": _report, "checkpoint": _checkpoint, "convert": run_convert}
+def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_riskpo.resharding.plan_command import run_plan
+
+    return run_plan(args, arguments)
+
+
+_COMMANDS = {
+    "train": _run,
+    "sft": _run,
+    "report": _report,
+    "checkpoint": _checkpoint,
+    "convert": run_convert,
+    "plan": _plan,
+}
 
 
 if __name__ == "__main__":
