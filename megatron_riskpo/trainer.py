@@ -121,6 +121,7 @@ class Trainer:
         with self.observer.phase("rollout"):
             sampling = self.sampling(config.rollout.group_size, config.rollout.temperature)
             rollouts = self.engine.generate([self.train_set.prompts[row] for row in rows], sampling, seeds)
+        self.bridge.check_version(self.engine.weight_version, self.step - 1)
         with self.observer.phase("reward"):
             answers = [self.train_set.answers[row] for row in rows]
             rewards = score_rollouts(
@@ -156,7 +157,8 @@ class Trainer:
             raise RunError(
                 f"step {self.step}: the log-probs of trainer and rollout engine differ by {mean:.3g} nats a token "
                 f"(at most {metrics['mismatch/logprob_abs_max']:.3g}), more than mismatch.abort_above = {limit:g}; the "
-                "last checkpoint is as it was: find the cause with bridge.verify = true, or raise mismatch.abort_above"
+                "last checkpoint is as it was: find the cause with bridge.verify = golden, or raise "
+                "mismatch.abort_above"
             )
         return metrics
 
