@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.transports.base import reason_of
 
 
 class Control:
@@ -25,10 +26,9 @@ class Control:
             assert work is not None
             work.wait(timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
             raise RunError(
                 f"weight push: rank {self.group.rank()} waited {self.timeout_s:g} s for the other ranks ({phase}): "
-                f"{reason}; a rank is dead, stopped or unreachable (bridge.timeout_s is how long to wait)"
+                f"{reason_of(error)}; a rank is dead, stopped or unreachable (bridge.timeout_s is how long to wait)"
             ) from error
         return [int(entry) for entry in found]
 

@@ -11,4 +11,4 @@ def test_verify_accepts_equal_weights_and_refuses_everything_else(tmp_path):
         assert rank["equal"] < 1e-6
         assert "differ by" in rank["another weight on rank 1"]
         assert "differ by inf" in rank["nan on rank 1"]
-        assert "sent version 3, the engine reports 2" in rank["another version"]
+        assert "needs weights of version 3, the engine reports 2" in rank["another version"]

@@ -1,5 +1,6 @@
 """How buckets reach other ranks: what a transport has to do, whatever wires it uses."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ def launch(
     if len(works) == 1:  # NCCL has one handle for a batch
         works = works * len(parcels)
     return [(parcel, action, work) for (parcel, action), work in zip(parcels, works, strict=True)]
+
+
+def reason_of(error: BaseException) -> str:
+    """Gloo's first sentence, without the place in its sources."""
+    return re.sub(r"^\[[^]]*\] *", "", " ".join(str(error).split())).split(". ")[0]
 
 
 def remaining(deadline: float) -> float:

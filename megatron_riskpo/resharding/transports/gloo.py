@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch, remaining
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch, reason_of, remaining
 
 
 class GlooTransport:
@@ -31,4 +31,4 @@ class GlooRound:
             try:
                 work.wait(timedelta(seconds=remaining(deadline)))
             except RuntimeError as error:
-                raise PeerError(parcel.peer, action, " ".join(str(error).split())) from error
+                raise PeerError(parcel.peer, action, reason_of(error)) from error
