@@ -49,11 +49,12 @@ class Bridge:
         if self._in_process is None:
             self.engine.update_weights(self.actor.export_weights(), version)
             return {}
-        metrics = {}
+        metrics: dict[str, float] = {}
         if self.config.verify == "golden":
             metrics["bridge/golden_numbers"] = float(self._in_process.run_golden(version))
         else:
             self._in_process.run(version)
+        metrics["bridge/pack_s"] = self._in_process.sink.pack_seconds
         return metrics | push_metrics(self._in_process.report)
 
     def check_version(self, found: int, expected: int) -> None:
@@ -92,7 +93,8 @@ def _in_process(actor: Actor, engine: RolloutEngine, config: BridgeConfig) -> "I
 
 
 def push_metrics(report: PushReport | None) -> dict[str, float]:
-    """bridge/* of a push on this rank: what came from other ranks, at what speed, and the buckets' memory."""
+    """bridge/* of a push on this rank: its seconds, vLLM's packing included, what came from other ranks, and the
+    buckets' memory."""
     if report is None:
         return {}
     return {

@@ -7,6 +7,7 @@ second copy of more than a module. That the slices lie where vLLM's loaders woul
 loaders before the first push (layout_check.py).
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class VllmShardSink:
         self._modules: dict[str, _Module] = {}
         self.keep: Callable[[str, Tensor], None] | None = None
         """Called with each parameter when it is complete, before vLLM packs it (bridge.verify = "golden")."""
+        self.pack_seconds = 0.0
+        """vLLM's own work in the last push: packing modules, and putting them back."""
 
     @property
     def model(self) -> nn.Module:
@@ -49,6 +52,7 @@ class VllmShardSink:
         for name, numel in self._expected.items():
             module = name.rpartition(".")[0]
             missing[module] = missing.get(module, 0) + numel
+        self.pack_seconds = 0.0
         self._modules = {name: _Module(model.get_submodule(name), numel) for name, numel in missing.items()}
 
     def parameter(self, name: str) -> Tensor:
@@ -79,7 +83,9 @@ class VllmShardSink:
             complete = self.parameter(name)
             if self.keep is not None:
                 self.keep(name, complete)
+        start = time.perf_counter()
         _pack(self._modules[path].module, self._worker.vllm_config)
+        self.pack_seconds += time.perf_counter() - start
         self._modules[path].is_packed = True
 
     def finish(self, version: int) -> None:
