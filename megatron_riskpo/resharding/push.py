@@ -5,7 +5,7 @@ it is counted, and more is an error.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.checksums import checksum
 from megatron_riskpo.resharding.plan import RankPlan
-from megatron_riskpo.resharding.rounds import Message, Round, make_rounds
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport
+from megatron_riskpo.resharding.rounds import Message, Part, Round, make_rounds
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport, reason_of
 from megatron_riskpo.resharding.transports.local import copy_within_rank
 
 
@@ -46,23 +46,16 @@ class PushReport:
 
 
 @dataclass
-class _Slot:
-    """One of the two buckets, and what goes with it."""
-
-    bucket: Tensor
-    sums: Tensor
-    """int64: with checksums, a sum a part, at most."""
-
-
-@dataclass
 class _Flight:
     """A round under way."""
 
     round: Round
-    slot: _Slot
+    bucket: Tensor
     pending: PendingRound
-    expected: list[Tensor]
-    """With checksums, the senders' sums, a tensor a received message."""
+    sums: list[Tensor]
+    """With checksums, of each message received the sender's, one a slice (8 bytes; not counted as extra memory)."""
+    sent: list[Parcel]
+    """Kept until they have left."""
 
 
 class WeightPush:
@@ -84,14 +77,14 @@ class WeightPush:
     def run(self, sink: ShardSink, version: int) -> PushReport:
         """Move everything; RunError names rank, bucket and peer where a bucket does not come, or comes damaged."""
         start = time.perf_counter()
-        slots = self._allocate()
-        peak = sum(slot.bucket.nbytes for slot in slots)
+        buckets = self._allocate()
+        peak = sum(bucket.nbytes for bucket in buckets)
         limit = 2 * self.plan.layout.bucket_bytes
         if peak > limit:
             raise RunError(f"weight push: the buckets of rank {self.plan.rank} take {peak} bytes, more than {limit}")
         flight: _Flight | None = None
         for index, step in enumerate(self.rounds):
-            started = self._start(step, slots[index % 2], sink, version)
+            started = self._start(step, buckets[index % 2], sink, version)
             if flight is not None:
                 self._finish(flight, sink, version)
             flight = started
@@ -101,51 +94,41 @@ class WeightPush:
         moved = plan.num_bytes(plan.remote)
         return PushReport(time.perf_counter() - start, moved, plan.num_bytes(plan.receives) - moved, peak)
 
-    def _allocate(self) -> list[_Slot]:
+    def _allocate(self) -> list[Tensor]:
         """Two buckets, each as large as its largest round; freed after the push: the GPU's memory is the engine's."""
-        example = next(iter(self._parameters.values()))
-        slots = []
-        for rounds in (self.rounds[::2], self.rounds[1::2]):
-            bucket = example.new_empty(max((step.numel for step in rounds), default=0))
-            most = max((_num_parts(step.sends) + _num_parts(step.receives) for step in rounds), default=0)
-            slots.append(_Slot(bucket, bucket.new_empty(most * self._with_checksums, dtype=torch.int64)))
-        return slots
+        example = next(iter(self._parameters.values())).detach()
+        sizes = [max((step.numel for step in self.rounds[first::2]), default=0) for first in (0, 1)]
+        return [example.new_empty(size) for size in sizes]
 
-    def _start(self, step: Round, slot: _Slot, sink: ShardSink, version: int) -> _Flight:
-        sends = [Parcel(message.peer, self._fill(message, slot)) for message in step.sends]
-        receives = [Parcel(message.peer, _span(slot.bucket, message)) for message in step.receives]
-        expected: list[Tensor] = []
-        if self._with_checksums:
-            sends, receives, expected = self._with_sums(step, slot, sends, receives)
+    def _start(self, step: Round, bucket: Tensor, sink: ShardSink, version: int) -> _Flight:
+        sends, receives = [], []
+        sums = [bucket.new_empty(len(m.parts) * self._with_checksums, dtype=torch.int64) for m in step.receives]
+        for message in step.sends:
+            self._fill(message, bucket)
+            sends.append(Parcel(message.peer, _span(bucket, message)))
+            if self._with_checksums:
+                sends.append(Parcel(message.peer, _sums_of(message, bucket)))
+        for message, expected in zip(step.receives, sums, strict=True):
+            receives.append(Parcel(message.peer, _span(bucket, message)))
+            if self._with_checksums:
+                receives.append(Parcel(message.peer, expected))
         try:
             pending = self._transport.start(sends, receives)
         except RuntimeError as error:
-            raise RunError(f"{self._where(version, step)} could not be sent: {error}") from error
+            raise RunError(f"{self._where(version, step)} could not be sent: {reason_of(error)}") from error
+        self._copy_local(step, sink)
+        return _Flight(step, bucket, pending, sums * self._with_checksums, sends)
+
+    def _copy_local(self, step: Round, sink: ShardSink) -> None:
         for part in step.local:
             storage = sink.parameter(part.target.parameter)
             copy_within_rank(part.source, self._parameters[part.source.parameter], part.target, storage)
             sink.arrived(part.target.parameter, part.numel)
-        return _Flight(step, slot, pending, expected)
 
-    def _fill(self, message: Message, slot: _Slot) -> Tensor:
+    def _fill(self, message: Message, bucket: Tensor) -> None:
         for part in message.parts:
-            into = slot.bucket[part.offset : part.offset + part.numel].view(part.source.shape)
-            for place, piece in part.source.copies(self._parameters[part.source.parameter], into):
+            for place, piece in part.source.copies(self._parameters[part.source.parameter], _piece(bucket, part)):
                 place.copy_(piece)
-        return _span(slot.bucket, message)
-
-    def _with_sums(
-        self, step: Round, slot: _Slot, sends: list[Parcel], receives: list[Parcel]
-    ) -> tuple[list[Parcel], list[Parcel], list[Tensor]]:
-        """Each message followed by a second one with a sum a part."""
-        sums = list(slot.sums.split([len(message.parts) for message in (*step.sends, *step.receives)] + [
-            slot.sums.numel() - _num_parts(step.sends) - _num_parts(step.receives)]))  # fmt: skip
-        for message, into in zip(step.sends, sums, strict=False):
-            into.copy_(_sums_of(message, slot.bucket))
-        expected = sums[len(step.sends) : len(step.sends) + len(step.receives)]
-        sends = _interleaved(sends, [Parcel(m.peer, s) for m, s in zip(step.sends, sums, strict=False)])
-        receives = _interleaved(receives, [Parcel(m.peer, s) for m, s in zip(step.receives, expected, strict=True)])
-        return sends, receives, expected
 
     def _finish(self, flight: _Flight, sink: ShardSink, version: int) -> None:
         try:
@@ -155,16 +138,15 @@ class WeightPush:
                 f"{self._where(version, flight.round)} did not go through within {self._timeout_s:g} s, {error}; rank "
                 f"{error.peer} is dead, stopped or unreachable (bridge.timeout_s is how long to wait)"
             ) from error
-        for message, expected in zip(flight.round.receives, flight.expected, strict=False):
+        for message, expected in zip(flight.round.receives, flight.sums, strict=False):
             self._compare(message, expected, flight, version)
         for message in flight.round.receives:
             for part in message.parts:
-                piece = flight.slot.bucket[part.offset : part.offset + part.numel].view(part.source.shape)
-                part.target.view(sink.parameter(part.target.parameter)).copy_(piece)
+                part.target.view(sink.parameter(part.target.parameter)).copy_(_piece(flight.bucket, part))
                 sink.arrived(part.target.parameter, part.numel)
 
     def _compare(self, message: Message, expected: Tensor, flight: _Flight, version: int) -> None:
-        wrong = (_sums_of(message, flight.slot.bucket) != expected).nonzero()[:, 0].tolist()
+        wrong = (_sums_of(message, flight.bucket) != expected).nonzero()[:, 0].tolist()
         if wrong:
             name = message.parts[wrong[0]].target.parameter
             raise RunError(
@@ -176,17 +158,13 @@ class WeightPush:
         return f"weight push of version {version}: rank {self.plan.rank}, bucket of round {step.number}"
 
 
-def _num_parts(messages: Sequence[Message]) -> int:
-    return sum(len(message.parts) for message in messages)
-
-
 def _span(bucket: Tensor, message: Message) -> Tensor:
     return bucket[message.offset : message.offset + message.numel]
 
 
+def _piece(bucket: Tensor, part: Part) -> Tensor:
+    return bucket[part.offset : part.offset + part.numel].view(part.source.shape)
+
+
 def _sums_of(message: Message, bucket: Tensor) -> Tensor:
     return torch.stack([checksum(bucket[part.offset : part.offset + part.numel]) for part in message.parts])
-
-
-def _interleaved(first: list[Parcel], second: list[Parcel]) -> list[Parcel]:
-    return [parcel for pair in zip(first, second, strict=True) for parcel in pair]

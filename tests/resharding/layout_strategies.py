@@ -46,7 +46,7 @@ def actor_layouts(draw: st.DrawFn, config: dict[str, Any], max_ranks: int = 64) 
     """One that Megatron would take for the model."""
     layers, experts = config["num_hidden_layers"], config.get("num_experts") or config.get("num_local_experts") or 0
     tp = draw(st.sampled_from(divisors(config["num_key_value_heads"], config["intermediate_size"], up_to=8)))
-    pp = draw(st.sampled_from(divisors(layers, up_to=4)))
+    pp = draw(st.sampled_from(divisors(layers, up_to=min(4, max_ranks // tp))))
     vp = draw(st.sampled_from(divisors(layers // pp, up_to=2))) if pp > 1 else 1
     first = last = 0
     if pp == 2 and layers > 2 and vp == 1 and draw(st.booleans()):
@@ -61,10 +61,10 @@ def actor_layouts(draw: st.DrawFn, config: dict[str, Any], max_ranks: int = 64) 
 
 
 @st.composite
-def bridge_layouts(draw: st.DrawFn) -> BridgeLayout:
-    """A model, an actor of up to 64 ranks, engines of up to 16 ranks each, beside the actor or in its processes."""
+def bridge_layouts(draw: st.DrawFn, max_ranks: int = 64) -> BridgeLayout:
+    """A model, an actor, engines of up to 16 ranks each, beside the actor or in its processes."""
     config = draw(hf_configs())
-    actor = draw(actor_layouts(config))
+    actor = draw(actor_layouts(config, max_ranks))
     experts = config.get("num_experts") or config.get("num_local_experts") or 0
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
