@@ -25,7 +25,7 @@ from megatron_riskpo.evaluation.evaluate import evaluate
 from megatron_riskpo.objective import Objective, without_signal
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.observability.performance import peak_flops, update_metrics
-from megatron_riskpo.resharding.bridge import Bridge
+from megatron_riskpo.resharding.bridge import Bridge, check_version
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.scoring import score_rollouts
 from megatron_riskpo.rewards.shaping import shaped_rewards
@@ -121,7 +121,7 @@ class Trainer:
         with self.observer.phase("rollout"):
             sampling = self.sampling(config.rollout.group_size, config.rollout.temperature)
             rollouts = self.engine.generate([self.train_set.prompts[row] for row in rows], sampling, seeds)
-        self.bridge.check_version(self.engine.weight_version, self.step - 1)
+        check_version(self.engine.weight_version, self.step - 1)
         with self.observer.phase("reward"):
             answers = [self.train_set.answers[row] for row in rows]
             rewards = score_rollouts(

@@ -168,3 +168,17 @@ def test_sample_rows_show_both_rewards():
     assert [row["advantage"] for row in rows] == [0, 1, 2, 3]
     assert [row["response"] for row in rows] == ["1", "3", "6", "10"]
     assert len(one.sample_rows(batch, batch.rewards.matrix, torch.zeros(2, 2), num=1)) == 2
+
+
+def test_answers_of_other_weights_are_refused():
+    held = trainer(
+        TrainConfig(),
+        stream=SimpleNamespace(next_batch=lambda: [0]),
+        train_set=SimpleNamespace(prompts=[[5]], answers=["1"]),
+        observer=SimpleNamespace(phase=lambda name: torch.no_grad()),
+        engine=SimpleNamespace(generate=lambda *_: two_groups().rollouts, weight_version=1),
+        stop_token_ids=(1,),
+    )
+    # Step 3 learns from what the weights of step 2 have sampled.
+    with pytest.raises(RunError, match=r"needs weights of version 2, the engine reports 1"):
+        held.draw(0)

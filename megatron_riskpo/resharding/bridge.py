@@ -40,7 +40,7 @@ class Bridge:
             self.engine.update_weights((), version)
             return {}
         metrics = self._push(version)
-        self.check_version(self.engine.weight_version, version)
+        check_version(self.engine.weight_version, version)
         if self.config.verify == "probe":
             metrics |= self._verify(cast(ScoringEngine, self.engine), version)
         return metrics
@@ -56,14 +56,6 @@ class Bridge:
             self._in_process.run(version)
         metrics["bridge/pack_s"] = self._in_process.sink.pack_seconds
         return metrics | push_metrics(self._in_process.report)
-
-    def check_version(self, found: int, expected: int) -> None:
-        """RunError unless weights, or what was sampled from them, are of the version that the step needs."""
-        if found != expected:
-            raise RunError(
-                f"weight sync: the step needs weights of version {expected}, the engine reports {found}; "
-                "the engine is not usable any more, restart the run from its last checkpoint"
-            )
 
     def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:
         expected = self.actor.logprobs(self.probe, temperature=1.0)
@@ -90,6 +82,15 @@ def _in_process(actor: Actor, engine: RolloutEngine, config: BridgeConfig) -> "I
     from megatron_riskpo.resharding.in_process import InProcessPush
 
     return InProcessPush(actor, engine, config)
+
+
+def check_version(found: int, expected: int) -> None:
+    """RunError unless weights, or what was sampled from them, are of the version that the step needs."""
+    if found != expected:
+        raise RunError(
+            f"weight sync: the step needs weights of version {expected}, the engine reports {found}; "
+            "the engine is not usable any more, restart the run from its last checkpoint"
+        )
 
 
 def push_metrics(report: PushReport | None) -> dict[str, float]:
