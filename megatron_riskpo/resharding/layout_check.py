@@ -5,6 +5,7 @@ copy from where to where is noted, nothing is moved. So the plan's idea of vLLM'
 for this very model and layout, before the first push.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,12 +89,15 @@ def _noting(model: nn.Module) -> Iterator[tuple[_NoteCopies, list[tuple[str, tor
 
 
 def _noted(name: str, loader: Callable, mode: _NoteCopies, names: list[tuple[str, torch.Size]]) -> Callable:
-    def load(parameter: Tensor, loaded: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(loader).bind(*args, **kwargs)
+        first = next(iter(bound.arguments))  # some modules name it, some do not
+        parameter = bound.arguments[first]
         # Biases stay real during a reload: a stand-in keeps their numbers.
-        stand_in = parameter if parameter.is_meta else _meta_like(parameter)
+        bound.arguments[first] = parameter if parameter.is_meta else _meta_like(parameter)
         before = len(mode.copies)
         with mode:
-            result = loader(stand_in, loaded, *args, **kwargs)
+            result = loader(*bound.args, **bound.kwargs)
         names.extend([(name, parameter.shape)] * (len(mode.copies) - before))
         return result
 

@@ -27,13 +27,15 @@ class Halves(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3, 4, device="meta"))
         self.scale = nn.Parameter(torch.ones(4))
-        self.weight.weight_loader = lambda parameter, loaded: parameter.data.copy_(loaded[3:])
-        self.scale.weight_loader = lambda parameter, loaded: parameter.data.copy_(loaded)
+        self.weight.weight_loader = lambda param, loaded_weight: param.data.copy_(loaded_weight[3:])
+        self.scale.weight_loader = lambda param, loaded_weight: param.data.copy_(loaded_weight)
 
     def load_weights(self, weights):
         for name, tensor in weights:
-            parameter = {"table": self.weight, "norm": self.scale}[name]
-            parameter.weight_loader(parameter, tensor)
+            if name == "table":
+                self.weight.weight_loader(param=self.weight, loaded_weight=tensor)  # as vLLM's experts do
+            else:
+                self.scale.weight_loader(self.scale, tensor)
 
 
 @pytest.fixture
