@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.config import PROBE_LENGTH, BridgeConfig
-from megatron_riskpo.errors import RunError
+from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.push import PushReport
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine
 
@@ -74,10 +74,14 @@ class Bridge:
 
 
 def _in_process(actor: Actor, engine: RolloutEngine, config: BridgeConfig) -> "InProcessPush | None":
-    """For vLLM in the training processes."""
+    """For vLLM in the training processes. UsageError where verification is asked for that another engine has not."""
     from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
     if not isinstance(engine, VllmEngine):
+        if config.verify in ("checksum", "golden") and not engine.shares_weights:
+            raise UsageError(
+                f'bridge.verify = "{config.verify}" needs vLLM in the training processes; set it to "probe" or "none"'
+            )
         return None
     from megatron_riskpo.resharding.in_process import InProcessPush
 
