@@ -30,7 +30,10 @@ def run(folder: Path, num_ranks: int) -> list[dict]:
     cases = []
     for family, tied in FAMILIES.items() if num_ranks == 2 else [(f, FAMILIES[f]) for f in OF_FOUR_RANKS]:
         make_tiny(folder / family, family, tied=tied, seed=0)
-        layouts = [layout | ({"ep": 2} if family in WITH_EXPERTS else {}) for layout in LAYOUTS[num_ranks]]
+        # Experts are dealt out over the ranks of a stage: pp = 2 leaves one of two ranks.
+        layouts = [
+            layout | {"ep": 2} if family in WITH_EXPERTS and "tp" in layout else layout for layout in LAYOUTS[num_ranks]
+        ]
         cases.append((family, layouts, [1, 2]))
     torch.save(cases, folder / "cases.pt")
     target = f"{in_process_cases.__name__}:{in_process_cases.outcomes.__name__}"
