@@ -217,11 +217,16 @@ class BridgeConfig:
     """How actor weights reach the rollout engine."""
 
     bucket_mib: float = 512.0
-    """Weights travel in buckets of at most this size, in MiB (a larger single tensor goes alone)."""
-    verify: bool = False
-    """After each sync compare the engine's log-probs with the actor's on a probe batch."""
+    """Weights travel in buckets of at most this size a rank, sent and received together, in MiB; two are under way at a
+    time, and a larger tensor is cut."""
+    timeout_s: float = 120.0
+    """A sync in which a rank waits longer than this for a bucket or for the other ranks, in seconds, ends the run."""
+    verify: Literal["none", "probe", "checksum", "golden"] = "none"
+    """After each sync: nothing; compare the engine's log-probs with the actor's on a probe batch; compare a checksum of
+    every slice with the sender's; or compare every number with tensors gathered whole (slow, and takes memory for a
+    second copy of a rank's shard). The last two need rollout.engine = "vllm"."""
     tolerance: float = 1e-4
-    """Largest mean absolute log-prob difference that `verify` accepts, in nats (bfloat16: use about 5e-2)."""
+    """Largest mean absolute log-prob difference that the probe accepts, in nats (bfloat16: use about 5e-2)."""
 
 
 @dataclass(frozen=True)

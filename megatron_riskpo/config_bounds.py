@@ -53,6 +53,7 @@ BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("optimizer.clip_grad", ">=", 0),
     ("optimizer.max_skipped_steps", ">=", 0),
     ("bridge.bucket_mib", ">", 0),
+    ("bridge.timeout_s", ">", 0),
     ("bridge.tolerance", ">", 0),
     ("rewards.overlong_buffer_tokens", ">=", 0),
     ("rewards.overlong_penalty", ">=", 0),

@@ -71,7 +71,7 @@ def max_sequence_length(config: TrainConfig) -> int:
 
 
 def _probes(config: TrainConfig) -> bool:
-    return config.bridge.verify and config.rollout.engine == "vllm"
+    return config.bridge.verify == "probe" and config.rollout.engine == "vllm"
 
 
 def _raise_first(rules: tuple[Rule, ...], setup: Setup) -> None:
@@ -284,8 +284,8 @@ def lengths(setup: Setup) -> str | None:
         )
     if _probes(setup.config) and limit <= PROBE_LENGTH:
         return (
-            f"bridge.verify needs {PROBE_LENGTH + 1} positions, the model's max_position_embeddings is {limit}; "
-            "set it to false"
+            f'bridge.verify = "probe" needs {PROBE_LENGTH + 1} positions, the model\'s max_position_embeddings is '
+            f'{limit}; set it to "none"'
         )
     return None
 

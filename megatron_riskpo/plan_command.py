@@ -24,7 +24,9 @@ def add_plan(commands: Any, overrides_help: str) -> None:
     plan.add_argument("--mean-response", type=float, metavar="T", help="tokens; without, half of the longest")
     plan.add_argument("--search", action="store_true", help="list the fastest layouts that fit")
     plan.add_argument("--dry-run", action="store_true", help="build one whole rank, and say what it holds to the byte")
-    plan.add_argument("--rank", type=int, default=0, metavar="R", help="which rank --dry-run builds; 0 without")
+    plan.add_argument("--bridge", action="store_true", help="show how weights travel from the actor to vLLM instead")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a machine (--bridge); 8")
+    plan.add_argument("--rank", type=int, metavar="R", help="the rank that --dry-run builds (0), --bridge lists")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("overrides", metavar="...", nargs=argparse.REMAINDER, help=overrides_help)
 
@@ -33,6 +35,13 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     """The exit code: 0 it fits, 1 it does not."""
     args, overrides = _with_late_flags(args)
     config, hf_config, world_size = _checked(args, overrides)
+    if args.rank is not None and not 0 <= args.rank < world_size:
+        raise UsageError(f"--rank {args.rank}: there are {world_size} ranks; give 0 to {world_size - 1}")
+    if args.bridge:
+        from megatron_riskpo.resharding.plan_text import bridge_text, colocated_layout
+
+        print(bridge_text(colocated_layout(config, hf_config, world_size, args.gpus_per_node), args.rank))
+        return 0
     if args.dry_run:
         return _dry_run(args, config, hf_config, world_size)
     from megatron_riskpo.planning.gpus import GPUS
@@ -56,10 +65,8 @@ def _dry_run(args: argparse.Namespace, config: "TrainConfig", hf_config: dict[st
     from megatron_riskpo.planning.plan import make_plan
     from megatron_riskpo.planning.render import dry_run_text, plan_json
 
-    if not 0 <= args.rank < world_size:
-        raise UsageError(f"--rank {args.rank}: there are {world_size} ranks; give 0 to {world_size - 1}")
     _quieten()
-    plan = make_plan(config, hf_config, world_size, GPUS[args.gpu], args.mean_response, [args.rank])
+    plan = make_plan(config, hf_config, world_size, GPUS[args.gpu], args.mean_response, [args.rank or 0])
     print(json.dumps(plan_json(plan), indent=1) if args.json else dry_run_text(plan.memory[0], world_size))
     return 1 if plan.complaints else 0
 
@@ -67,10 +74,11 @@ def _dry_run(args: argparse.Namespace, config: "TrainConfig", hf_config: dict[st
 def _with_late_flags(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
     """argparse leaves everything behind the file to the overrides; the command's own flags are taken out of them."""
     own = argparse.ArgumentParser(prog="riskpo plan", add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, kind in (("--gpus", int), ("--model", str), ("--mean-response", float), ("--rank", int)):
+    kinds = {"--gpus": int, "--gpus-per-node": int, "--rank": int, "--model": str, "--mean-response": float}
+    for name, kind in kinds.items():
         own.add_argument(name, type=kind, default=argparse.SUPPRESS)
     own.add_argument("--gpu", choices=GPU_NAMES, default=argparse.SUPPRESS)
-    for name in ("--search", "--dry-run", "--json"):
+    for name in ("--search", "--dry-run", "--bridge", "--json"):
         own.add_argument(name, action="store_true", default=argparse.SUPPRESS)
     try:
         late, overrides = own.parse_known_args(args.overrides)

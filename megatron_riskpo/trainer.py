@@ -158,7 +158,8 @@ class Trainer:
             raise RunError(
                 f"step {self.step}: the log-probs of trainer and rollout engine differ by {mean:.3g} nats a token "
                 f"(at most {metrics['mismatch/logprob_abs_max']:.3g}), more than mismatch.abort_above = {limit:g}; the "
-                "last checkpoint is as it was: find the cause with bridge.verify = true, or raise mismatch.abort_above"
+                "last checkpoint is as it was: find the cause with bridge.verify = golden, or raise "
+                "mismatch.abort_above"
             )
         return metrics
 

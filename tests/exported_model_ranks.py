@@ -27,7 +27,7 @@ def score_rollouts_of_trained_actor(folder: Path) -> dict[str, Any]:
     checkpoint = agree_on_latest(run_dir / "checkpoints", dist.group.WORLD)
     state = load_checkpoint(checkpoint, actor)
     engine = VllmEngine(base, RolloutConfig(), dtype="float32", max_model_len=64, world_group=dist.group.WORLD, seed=0)
-    Bridge(actor, engine, BridgeConfig(verify=True), seed=0).sync(state["step"])
+    Bridge(actor, engine, BridgeConfig(verify="probe"), seed=0).sync(state["step"])
     vocab_size = actor.shape.vocab_size
     prompts = [[4 + (7 * i + j) % (vocab_size - 4) for j in range(3 + i)] for i in range(5)]
     sampling = SamplingConfig(NUM_ROLLOUTS // 5, 16, TEMPERATURE, stop_token_ids=(2,))

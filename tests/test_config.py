@@ -46,7 +46,7 @@ def test_file_then_command_line_win_over_the_defaults(toml) -> None:
         TrainConfig,
         path,
         [
-            *("--actor.pp", "3", "--bridge.verify", "true", "--evaluation.ks", "1", "4"),
+            *("--actor.pp", "3", "--bridge.verify", "probe", "--evaluation.ks", "1", "4"),
             *("--data.options.max_terms", "5", "--data.options.new", "0.5"),
             *("--data.prompt-template=--{problem}", "--optimizer.weight_decay", "1e-2"),
         ],
@@ -57,7 +57,7 @@ def test_file_then_command_line_win_over_the_defaults(toml) -> None:
         actor=dataclasses.replace(default.actor, tp=2, pp=3),
         optimizer=dataclasses.replace(default.optimizer, lr=1.0, weight_decay=0.01),
         evaluation=dataclasses.replace(default.evaluation, ks=(1, 4)),
-        bridge=dataclasses.replace(default.bridge, verify=True),
+        bridge=dataclasses.replace(default.bridge, verify="probe"),
         data=dataclasses.replace(
             default.data, options={"max_terms": 5, "name": "a", "new": 0.5}, prompt_template="--{problem}"
         ),
@@ -115,7 +115,7 @@ def test_a_wrong_file_is_named_with_the_nearest_right_key(text: str, message: st
         (["--actor.tp", "1", "2"], "--actor.tp 1 2: expected an integer"),
         (["--optimizer.lr", "inf"], "--optimizer.lr inf: expected a finite number"),
         (["--loss.kl_in", "losses"], "--loss.kl_in losses: expected one of loss, reward; did you mean loss?"),
-        (["--bridge.verify"], "--bridge.verify (no value): expected true or false"),
+        (["--actor.sequence_parallel"], "--actor.sequence_parallel (no value): expected true or false"),
         (["2"], "unexpected argument '2'"),
         (["--data.options.max_terms"], "--data.options.max_terms takes one value, got 0"),
     ],
@@ -286,7 +286,7 @@ def test_the_model_must_fit(changes, world_size: int, message: str | None, toml)
     config = load_config(
         TrainConfig,
         toml(),
-        [*BASE, "--rollout.engine", "vllm", "--rollout.tp", str(world_size), "--bridge.verify", "true"],
+        [*BASE, "--rollout.engine", "vllm", "--rollout.tp", str(world_size), "--bridge.verify", "probe"],
     )
     found = next(problems(TRAIN_RULES, Setup(config, world_size, MODEL | changes)), None)
     assert (message in found) if message and found else found == message
@@ -295,11 +295,11 @@ def test_the_model_must_fit(changes, world_size: int, message: str | None, toml)
 def test_short_sequences_leave_room_for_the_probe(toml) -> None:
     short = [*BASE, "--rollout.engine", "vllm", "--data.max_prompt_tokens", "8", "--rollout.max_response_tokens", "8"]
     config = load_config(TrainConfig, toml(), short)
-    verified = load_config(TrainConfig, toml(), [*short, "--bridge.verify", "true"])
+    verified = load_config(TrainConfig, toml(), [*short, "--bridge.verify", "probe"])
     assert (max_sequence_length(config), max_sequence_length(verified)) == (16, 33)
     model = MODEL | {"max_position_embeddings": 32}
     check_train(config, 1, model)
-    with pytest.raises(UsageError, match=r"bridge.verify needs 33 positions, .* is 32; set it to false"):
+    with pytest.raises(UsageError, match=r"bridge.verify = .probe. needs 33 positions, .* is 32; set it to .none."):
         check_train(verified, 1, model)
 
 

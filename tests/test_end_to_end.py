@@ -51,7 +51,7 @@ ks = [1, 2]
 [checkpoint]
 every = 5
 [bridge]
-verify = true
+verify = "probe"
 """
 # With no option that only RiskPO or only a generated task has.
 PLAIN = "\n".join(

@@ -1,15 +1,19 @@
 """From the actor to the rollout engine: push the weights, and on demand prove that they arrived."""
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.config import PROBE_LENGTH, BridgeConfig
-from megatron_riskpo.errors import RunError
+from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.resharding.push import PushReport
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine
+
+if TYPE_CHECKING:
+    from megatron_riskpo.resharding.in_process import InProcessPush
 
 PROBE_SEQUENCES = 8
 """At least; as many as divide over the data-parallel ranks."""
@@ -24,24 +28,34 @@ class Bridge:
         self.config = config
         # Each rank needs a sequence a micro-batch, and interleaved stages pp micro-batches.
         self.probe = _probe(actor.shape.vocab_size, actor.grid.dp.size() * actor.grid.pp.size(), seed)
+        self._in_process = _in_process(actor, engine, config)
 
     def sync(self, version: int) -> dict[str, float]:
         """Bring the engine to the actor's weights and call them `version`. Collective.
 
         An engine that samples from the actor's own weights has nothing to receive and nothing to verify.
-        With `verify` returns bridge/verify_logprob_abs_mean. Raises RunError when the engine reports another
-        version, or when the log-probs differ by more than the tolerance.
+        Returns bridge/*. Raises RunError when the engine reports another version, or holds other weights.
         """
         if self.engine.shares_weights:
             self.engine.update_weights((), version)
             return {}
-        self.engine.update_weights(self.actor.export_weights(), version)
-        if self.engine.weight_version != version:
-            raise RunError(
-                f"weight sync: sent version {version}, the engine reports {self.engine.weight_version}; "
-                "the engine is not usable any more, restart the run from its last checkpoint"
-            )
-        return self._verify(cast(ScoringEngine, self.engine), version) if self.config.verify else {}
+        metrics = self._push(version)
+        check_version(self.engine.weight_version, version)
+        if self.config.verify == "probe":
+            metrics |= self._verify(cast(ScoringEngine, self.engine), version)
+        return metrics
+
+    def _push(self, version: int) -> dict[str, float]:
+        if self._in_process is None:
+            self.engine.update_weights(self.actor.export_weights(), version)
+            return {}
+        metrics: dict[str, float] = {}
+        if self.config.verify == "golden":
+            metrics["bridge/golden_numbers"] = float(self._in_process.run_golden(version))
+        else:
+            self._in_process.run(version)
+        metrics["bridge/pack_s"] = self._in_process.sink.pack_seconds
+        return metrics | push_metrics(self._in_process.report)
 
     def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:
         expected = self.actor.logprobs(self.probe, temperature=1.0)
@@ -57,6 +71,42 @@ class Bridge:
                 "bridge.tolerance for a lower-precision dtype)"
             )
         return {"bridge/verify_logprob_abs_mean": difference}
+
+
+def _in_process(actor: Actor, engine: RolloutEngine, config: BridgeConfig) -> "InProcessPush | None":
+    """For vLLM in the training processes. UsageError where verification is asked for that another engine has not."""
+    from megatron_riskpo.rollout.vllm_engine import VllmEngine
+
+    if not isinstance(engine, VllmEngine):
+        if config.verify in ("checksum", "golden") and not engine.shares_weights:
+            raise UsageError(
+                f'bridge.verify = "{config.verify}" needs vLLM in the training processes; set it to "probe" or "none"'
+            )
+        return None
+    from megatron_riskpo.resharding.in_process import InProcessPush
+
+    return InProcessPush(actor, engine, config)
+
+
+def check_version(found: int, expected: int) -> None:
+    """RunError unless weights, or what was sampled from them, are of the version that the step needs."""
+    if found != expected:
+        raise RunError(
+            f"weight sync: the step needs weights of version {expected}, the engine reports {found}; "
+            "the engine is not usable any more, restart the run from its last checkpoint"
+        )
+
+
+def push_metrics(report: PushReport | None) -> dict[str, float]:
+    """bridge/* of a push on this rank: its seconds, vLLM's packing included, what came from other ranks, and the
+    buckets' memory."""
+    if report is None:
+        return {}
+    return {
+        "bridge/push_s": report.seconds,
+        "bridge/received_mib": report.bytes_received / 2**20,
+        "bridge/peak_extra_mib": report.peak_extra_bytes / 2**20,
+    }
 
 
 def _probe(vocab_size: int, multiple_of: int, seed: int) -> Rollouts:

@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
+from megatron_riskpo.resharding.shard_sink import VllmShardSink
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -72,6 +73,11 @@ def push_weights(
     for bucket in bucketed(checked(weights, shapes), bucket_bytes):
         llm.collective_rpc("riskpo_load_bucket", args=(bucket,))
     llm.collective_rpc("riskpo_finish_update", args=(version,))
+    drop_cached_prefixes(llm)
+
+
+def drop_cached_prefixes(llm: "LLM") -> None:
+    """They were computed with the weights before; RunError while requests are running."""
     if not llm.reset_prefix_cache():
         raise RunError("vLLM kept its cached prefixes because requests are running; push between generate calls only")
 
@@ -103,6 +109,10 @@ class WeightSink:
         with set_current_vllm_config(self.vllm_config):
             finish_update(self.model_runner.get_model(), self.model_config)
         self._riskpo_weight_version = version
+
+    def riskpo_shard_sink(self, expected: dict[str, int]) -> VllmShardSink:
+        """For an engine in this process: takes slices of the worker's own shard (`expected` as VllmShardSink's)."""
+        return VllmShardSink(self, expected)
 
     def riskpo_get_version(self) -> int:
         return self._riskpo_weight_version

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import itertools
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_riskpo.config import RolloutConfig
 from megatron_riskpo.errors import RunError, UsageError
-from megatron_riskpo.resharding.vllm_sink import checkpoint_shapes, push_weights
+from megatron_riskpo.resharding.shard_sink import VllmShardSink
+from megatron_riskpo.resharding.vllm_sink import checkpoint_shapes, drop_cached_prefixes, push_weights
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
@@ -143,12 +144,35 @@ class VllmEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See RolloutEngine. Tensors must stay unchanged until this returns. A push that fails in any way leaves
         the engine unusable: RunError, now and at every later call. Collective."""
+        with self._updating(version):
+            push_weights(self._llm, weights, version, shapes=self._shapes, bucket_bytes=self._bucket_bytes)
+
+    @property
+    def tp(self) -> int:
+        """Ranks of an engine."""
+        return self._tp
+
+    def shard_sink(self, expected: dict[str, int]) -> VllmShardSink:
+        """Takes slices of this rank's shard, inside `update_shards`; `expected` as VllmShardSink's."""
+        return self._llm.collective_rpc("riskpo_shard_sink", args=(expected,))[0]
+
+    def update_shards(self, sink: VllmShardSink, move: Callable[[], None], version: int) -> None:
+        """As `update_weights`, with weights that `move` copies into the sink. Collective."""
+        with self._updating(version):
+            sink.begin()
+            move()
+            sink.finish(version)
+            drop_cached_prefixes(self._llm)
+
+    @contextlib.contextmanager
+    def _updating(self, version: int) -> Iterator[None]:
+        """Around a push: the engine is unusable until all of it has gone well on all ranks."""
         if self._unusable and self._weight_version != -1 and not self._is_asleep:
             self._check_usable()
         self._unusable = f"is half-updated (push of version {version} did not end); restart from the last checkpoint"
         try:
             self._wake("weights")
-            push_weights(self._llm, weights, version, shapes=self._shapes, bucket_bytes=self._bucket_bytes)
+            yield
         except RunError:
             raise
         except Exception as error:

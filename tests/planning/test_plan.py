@@ -160,6 +160,7 @@ WRONG = {
     "keep_best": (["--checkpoint.keep_best", "x"], 1, {}),
     "mini_batches": (["--actor.mini_batches", "3"], 1, {}),
     "overlong": (["--rewards.overlong_buffer_tokens", "64"], 1, {}),
+    "graders": (["--rewards.grader", "maths"], 1, {}),
     "dynamic_sampling": (["--rollout.dynamic_sampling", "true", "--rollout.group_size", "1"], 1, {}),
     "algorithm": (["--algorithm.alpha", "2"], 1, {}),
     "kl_cov": (["--loss.kind", "kl_cov"], 1, {}),

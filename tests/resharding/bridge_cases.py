@@ -39,7 +39,7 @@ def outcomes(folder: Path) -> dict[str, Any]:
     model_dir = folder.parent / "model"
     actor = Actor.from_hf(model_dir, ActorConfig(), OptimizerConfig(), torch.float32, grid)
     engine = HfEngine(model_dir)
-    bridge = Bridge(actor, engine, BridgeConfig(verify=True), seed=0)
+    bridge = Bridge(actor, engine, BridgeConfig(verify="probe"), seed=0)
     results: dict[str, Any] = {"equal": bridge.sync(0)["bridge/verify_logprob_abs_mean"]}
 
     def refusal(version: int) -> str:

@@ -1,5 +1,12 @@
 """bridge.verify stops a run whose engine holds other weights than the actor, on whichever rank that is."""
 
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_riskpo.config import BridgeConfig
+from megatron_riskpo.errors import UsageError
+from megatron_riskpo.resharding.bridge import _in_process
 from tests.distributed.ranks import run_on_ranks
 from tests.resharding.bridge_cases import outcomes
 from tests.tiny_models import make_tiny_qwen2
@@ -11,4 +18,13 @@ def test_verify_accepts_equal_weights_and_refuses_everything_else(tmp_path):
         assert rank["equal"] < 1e-6
         assert "differ by" in rank["another weight on rank 1"]
         assert "differ by inf" in rank["nan on rank 1"]
-        assert "sent version 3, the engine reports 2" in rank["another version"]
+        assert "needs weights of version 3, the engine reports 2" in rank["another version"]
+
+
+@pytest.mark.parametrize("verify", ["checksum", "golden"])
+def test_verification_that_an_engine_has_not_is_refused(verify):
+    engine = SimpleNamespace(shares_weights=False)
+    with pytest.raises(UsageError, match=f'"{verify}" needs vLLM in the training processes'):
+        _in_process(None, engine, BridgeConfig(verify=verify))  # type: ignore[arg-type]
+    # Nothing is pushed into an engine that samples from the actor's weights, so that nothing is to be verified.
+    assert _in_process(None, SimpleNamespace(shares_weights=True), BridgeConfig(verify=verify)) is None  # type: ignore[arg-type]

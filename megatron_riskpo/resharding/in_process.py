@@ -1,0 +1,92 @@
+"""From the actor into vLLM engines in the same processes, by plan: each rank gets its own shard and no more."""
+
+import zlib
+
+import torch
+import torch.distributed as dist
+
+from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.actor.model import named_parameters
+from megatron_riskpo.config import BridgeConfig
+from megatron_riskpo.resharding.control import Control
+from megatron_riskpo.resharding.golden import GoldenCopy
+from megatron_riskpo.resharding.layout_check import Placement, compare, traced_placements
+from megatron_riskpo.resharding.layouts import ActorLayout, RolloutLayout
+from megatron_riskpo.resharding.pieces import Model
+from megatron_riskpo.resharding.placements import expected_numbers, hf_tensors, planned_placements
+from megatron_riskpo.resharding.plan import plan_rank
+from megatron_riskpo.resharding.push import PushReport, WeightPush
+from megatron_riskpo.resharding.schedule import BridgeLayout
+from megatron_riskpo.resharding.transports.base import Transport
+from megatron_riskpo.resharding.transports.gloo import GlooTransport
+from megatron_riskpo.resharding.transports.nccl import NcclTransport
+from megatron_riskpo.rollout.vllm_engine import VllmEngine
+
+
+class InProcessPush:
+    """Made once a run; every method is collective."""
+
+    def __init__(self, actor: Actor, engine: VllmEngine, config: BridgeConfig) -> None:
+        """Plans, and makes a process group of its own for what the ranks say to each other about a push."""
+        self._actor, self._engine = actor, engine
+        grid = actor.grid
+        parameters = dict(named_parameters(actor.chunks))
+        self.layout = _layout(actor, engine.tp, config)
+        group = dist.new_group(backend="gloo")
+        self._control = Control(group, config.timeout_s)  # type: ignore[arg-type]
+        self._control.agree(_fingerprint(self.layout), "the bridge's layout")
+        transport: Transport = NcclTransport(grid.world) if grid.device.type == "cuda" else GlooTransport(group)  # type: ignore[arg-type]
+        self.push = WeightPush(
+            plan_rank(self.layout, grid.rank), parameters, transport,
+            timeout_s=config.timeout_s, with_checksums=config.verify == "checksum",
+        )  # fmt: skip
+        self._tp_rank = grid.rank % engine.tp
+        self.sink = engine.shard_sink(expected_numbers(self.layout, self._tp_rank))
+        self._traced: dict[str, list[Placement]] = {}
+        self.report: PushReport | None = None
+        """Of the last push."""
+
+    def run(self, version: int) -> None:
+        """Bring the engine to the actor's weights. RunError leaves it unusable."""
+        self._control.agree(version, "the version of the weights")
+        self._engine.update_shards(self.sink, lambda: self._move(version), version)
+
+    def run_golden(self, version: int) -> int:
+        """`run`, then every number compared with tensors gathered whole by another way; how many numbers. RunError, on
+        every rank, where one differs."""
+        golden = GoldenCopy()
+        self.sink.keep = golden.keep
+        try:
+            self.run(version)
+        finally:
+            self.sink.keep = None
+        checked = golden.compare(self._actor.export_weights(), self._traced, self.sink.model)
+        worst = self._control.gather(len(golden.differences), "golden comparison")
+        golden.refuse(version, worst)
+        return checked
+
+    def _move(self, version: int) -> None:
+        if not self._traced:
+            tensors = [(name, shape) for name, shape, *_ in hf_tensors(self.layout)]
+            traced = traced_placements(self.sink.model, tensors)
+            compare(planned_placements(self.layout, self._tp_rank), traced)
+            self._traced = traced
+        self.report = self.push.run(self.sink, version)
+
+
+def _layout(actor: Actor, tp: int, config: BridgeConfig) -> BridgeLayout:
+    num_ranks = actor.grid.world.size()
+    dtype = next(iter(named_parameters(actor.chunks)))[1].dtype
+    return BridgeLayout(
+        Model.of(actor.hf_config),
+        ActorLayout.of(actor.config, num_ranks),
+        RolloutLayout(tp, num_ranks // tp),
+        dtype.itemsize,
+        int(config.bucket_mib * 2**20),
+        torch.cuda.device_count() or num_ranks,
+    )
+
+
+def _fingerprint(layout: BridgeLayout) -> int:
+    numbers = (layout.actor, layout.rollout, layout.model.shape, layout.item_size, layout.bucket_bytes)
+    return zlib.crc32(repr((*numbers, layout.node_size)).encode())

@@ -1,0 +1,81 @@
+"""Who holds what: the actor's layout and the rollout engines' layout, as numbers alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_riskpo.config import ActorConfig
+from megatron_riskpo.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ActorLayout:
+    """Megatron's grid: tensor parallel fastest, then context, data, pipeline parallel. Experts are dealt out over the
+    consecutive ranks of a stage, each expert whole."""
+
+    world_size: int
+    tp: int = 1
+    pp: int = 1
+    vp: int = 1
+    cp: int = 1
+    ep: int = 1
+    first_stage_layers: int = 0
+    """0: as many as the others; so is the next."""
+    last_stage_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.world_size % (self.tp * self.cp * self.pp) or self.stage_size % self.ep:
+            raise UsageError(
+                f"{self.world_size} ranks cannot be laid out as tp {self.tp} x cp {self.cp} x pp {self.pp} with ep "
+                f"{self.ep}; choose sizes whose products divide"
+            )
+
+    @classmethod
+    def of(cls, actor: ActorConfig, world_size: int) -> "ActorLayout":
+        """The layout that a configuration asks for."""
+        return cls(world_size, actor.tp, actor.pp, actor.vp, actor.cp, actor.ep, actor.first_stage_layers,
+                   actor.last_stage_layers)  # fmt: skip
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage."""
+        return self.world_size // self.pp
+
+    def stage_layers(self, stage: int, num_layers: int) -> np.ndarray:
+        """The layers on a pipeline stage, ascending; interleaved stages hold several runs of them."""
+        first, last = self.first_stage_layers, self.last_stage_layers
+        if not first and not last:
+            run = num_layers // (self.pp * self.vp)
+            starts = (np.arange(self.vp) * self.pp + stage) * run
+            return (starts[:, None] + np.arange(run)).ravel()
+        between = self.pp - bool(first) - bool(last)
+        even = (num_layers - first - last) // between if between else 0
+        sizes = [first or even, *[even] * (self.pp - 2), last or even]
+        return np.arange(sum(sizes[:stage]), sum(sizes[: stage + 1]))
+
+
+@dataclass(frozen=True)
+class RolloutLayout:
+    """vLLM engines of `tp` ranks each."""
+
+    tp: int
+    replicas: int
+    """Engines, all with the same weights."""
+    expert_parallel: bool = False
+    """vLLM's enable_expert_parallel: experts are dealt out over the tp ranks, not split."""
+    first_rank: int = 0
+    """Global number of the first rollout rank: 0, and rollout rank i is actor rank i's process (colocated); the actor's
+    world size, and they are processes of their own."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.replicas
+
+    def rank(self, replica: int, tp_rank: int) -> int:
+        """Global number of a rollout rank."""
+        return self.first_rank + replica * self.tp + tp_rank
+
+    def place(self, rank: int) -> tuple[int, int] | None:
+        """(replica, tp rank) of a global rank; None: it is no rollout rank."""
+        index = rank - self.first_rank
+        return divmod(index, self.tp) if 0 <= index < self.num_ranks else None

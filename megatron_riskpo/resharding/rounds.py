@@ -1,0 +1,89 @@
+"""A rank's plan made ready to run: per round the messages, and where in them each slice lies."""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from megatron_riskpo.resharding.plan import RankPlan, transfer_items
+from megatron_riskpo.resharding.slices import SourceSlice, TargetSlice, source_slice, target_slice
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One transfer."""
+
+    offset: int
+    """Of its numbers in the bucket."""
+    numel: int
+    source: SourceSlice
+    target: TargetSlice
+
+
+@dataclass(frozen=True)
+class Message:
+    """All that goes between two ranks in a round, one part after the other."""
+
+    peer: int
+    offset: int
+    """In the bucket."""
+    numel: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a rank does in a round; its bucket has room for what it sends, then for what it receives."""
+
+    number: int
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+    local: tuple[Part, ...]
+    """Copied within the rank, through no bucket."""
+
+    @property
+    def numel(self) -> int:
+        """Of the bucket."""
+        return sum(message.numel for message in (*self.sends, *self.receives))
+
+
+def make_rounds(plan: RankPlan) -> list[Round]:
+    """In the order in which they run."""
+    own = plan.receives[plan.receives["source"] == plan.rank]
+    rounds = []
+    for number in plan.rounds:
+        sends, end = _messages(plan, _of_round(plan.sends, number), "destination", 0)
+        receives, _ = _messages(plan, _of_round(plan.remote, number), "source", end)
+        local, _ = _parts(plan, _of_round(own, number), 0)
+        rounds.append(Round(int(number), tuple(sends), tuple(receives), local))
+    return rounds
+
+
+def _of_round(transfers: np.ndarray, number: int) -> np.ndarray:
+    return transfers[transfers["round"] == number]
+
+
+def _messages(plan: RankPlan, transfers: np.ndarray, peer: str, offset: int) -> tuple[list[Message], int]:
+    """One a peer, and where the last one ends."""
+    messages = []
+    for rank, group in groupby(range(len(transfers)), key=lambda i: int(transfers[peer][i])):
+        parts, end = _parts(plan, transfers[list(group)], offset)
+        messages.append(Message(rank, offset, end - offset, parts))
+        offset = end
+    return messages, offset
+
+
+def _parts(plan: RankPlan, transfers: np.ndarray, offset: int) -> tuple[tuple[Part, ...], int]:
+    ends = offset + np.cumsum(transfer_items(transfers))
+    parts = []
+    for transfer, end in zip(transfers, ends.tolist(), strict=True):
+        parts.append(_part(plan, transfer, offset, end - offset))
+        offset = end
+    return tuple(parts), offset
+
+
+def _part(plan: RankPlan, transfer: np.void, offset: int, numel: int) -> Part:
+    place = plan.layout.rollout.place(int(transfer["destination"]))
+    assert place is not None  # destinations are rollout ranks
+    source = source_slice(plan.layout, int(transfer["source"]), transfer)
+    return Part(offset, numel, source, target_slice(plan.layout, place[1], transfer))

@@ -1,0 +1,75 @@
+"""How buckets reach other ranks: what a transport has to do, whatever wires it uses."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One message: contiguous memory that stays untouched until its round is done."""
+
+    peer: int
+    """Rank within the transport's group."""
+    buffer: Tensor
+
+
+class PeerError(Exception):
+    """A message did not go through: which peer's, and why."""
+
+    def __init__(self, peer: int, action: str, reason: str) -> None:
+        super().__init__(f"{action} rank {peer}: {reason}")
+        self.peer = peer
+
+
+class PendingRound(Protocol):
+    """Messages under way."""
+
+    def wait(self, deadline: float) -> None:
+        """Return when all have arrived and left, raise PeerError at `deadline` (time.monotonic) or on a broken link."""
+        ...
+
+
+class Transport(Protocol):
+    """Messages between two ranks arrive in the order in which both name them."""
+
+    def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> PendingRound:
+        """Launch a round, all its messages at once; does not wait."""
+        ...
+
+
+def launch(
+    sends: Sequence[Parcel], receives: Sequence[Parcel], group: dist.ProcessGroup
+) -> list[tuple[Parcel, str, dist.Work]]:
+    """One batch of sends and receives; each message with what is done to it and its handle, or the batch's."""
+    parcels = [(parcel, "waiting for") for parcel in receives] + [(parcel, "sending to") for parcel in sends]
+    if not parcels:
+        return []
+    operations = [
+        dist.P2POp(
+            dist.isend if action == "sending to" else dist.irecv,
+            parcel.buffer,
+            group=group,
+            group_peer=parcel.peer,
+        )
+        for parcel, action in parcels
+    ]
+    works = dist.batch_isend_irecv(operations)
+    if len(works) == 1:  # NCCL has one handle for a batch
+        works = works * len(parcels)
+    return [(parcel, action, work) for (parcel, action), work in zip(parcels, works, strict=True)]
+
+
+def reason_of(error: BaseException) -> str:
+    """Gloo's first sentence, without the place in its sources."""
+    return re.sub(r"^\[[^]]*\] *", "", " ".join(str(error).split())).split(". ")[0]
+
+
+def remaining(deadline: float) -> float:
+    """Seconds to a deadline, at least a millisecond."""
+    return max(deadline - time.monotonic(), 1e-3)

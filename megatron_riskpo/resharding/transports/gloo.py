@@ -1,0 +1,34 @@
+"""Buckets between CPU ranks: gloo's threads send while this one converts the next bucket."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch, reason_of, remaining
+
+
+class GlooTransport:
+    """Over a gloo process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "GlooRound":
+        """See Transport."""
+        return GlooRound(launch(sends, receives, self.group))
+
+
+class GlooRound:
+    """Each message has a handle of its own, which says whose it is when time is up."""
+
+    def __init__(self, works: list[tuple[Parcel, str, dist.Work]]) -> None:
+        self._works = works
+
+    def wait(self, deadline: float) -> None:
+        """See PendingRound."""
+        for parcel, action, work in self._works:
+            try:
+                work.wait(timedelta(seconds=remaining(deadline)))
+            except RuntimeError as error:
+                raise PeerError(parcel.peer, action, reason_of(error)) from error

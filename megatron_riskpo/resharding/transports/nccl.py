@@ -1,0 +1,42 @@
+"""Buckets between GPU ranks: the same calls as over gloo, on NCCL's stream.
+
+Not run on a GPU yet. NCCL's own wait does not hold up the host, so the host looks until the round is done or its time
+is up; which message of a batch hangs NCCL does not tell, so that the first peer of the batch is named with the others.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch
+
+_LOOK_EVERY_S = 2e-4
+
+
+class NcclTransport:
+    """Over a process group whose CUDA tensors travel by NCCL."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "NcclRound":
+        """See Transport."""
+        return NcclRound(launch(sends, receives, self.group))
+
+
+class NcclRound:
+    """One handle for the batch."""
+
+    def __init__(self, works: list[tuple[Parcel, str, dist.Work]]) -> None:
+        self._works = works
+
+    def wait(self, deadline: float) -> None:
+        """See PendingRound."""
+        for parcel, action, work in self._works:
+            while not work.is_completed():
+                if time.monotonic() > deadline:
+                    others = sorted({other.peer for other, _, _ in self._works} - {parcel.peer})
+                    raise PeerError(parcel.peer, action, f"no end in time (others in the batch: {others})")
+                time.sleep(_LOOK_EVERY_S)
+            work.wait()  # the current stream sees what arrived

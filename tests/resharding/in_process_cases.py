@@ -1,0 +1,69 @@
+"""What each rank does in test_in_process: real actors under several layouts, real vLLM engines, five updates each."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_riskpo.actor.actor import Actor, supervised_loss
+from megatron_riskpo.config import ActorConfig, BridgeConfig, OptimizerConfig, RolloutConfig
+from megatron_riskpo.distributed.grid import build_grid
+from megatron_riskpo.resharding.bridge import Bridge
+from megatron_riskpo.resharding.in_process import InProcessPush
+from megatron_riskpo.rollout.vllm_engine import VllmEngine
+from tests.distributed.ranks import release_groups
+
+NUM_UPDATES = 5
+SMALL_BUCKET_MIB = 0.1
+"""Several rounds even for models of a megabyte; a tensor of the embedding's size is cut."""
+
+
+def build_engine(model: Path, tp: int) -> VllmEngine:
+    return VllmEngine(
+        model, RolloutConfig(tp=tp), dtype="float32", max_model_len=64, world_group=dist.group.WORLD, seed=0
+    )
+
+
+def build_actor(model: Path, layout: dict[str, Any]) -> Actor:
+    config = ActorConfig(**layout)
+    optimizer = OptimizerConfig(lr=3e-3, schedule="constant", warmup_steps=0)
+    return Actor.from_hf(model, config, optimizer, torch.float32, build_grid(config, seed=0))
+
+
+def outcomes(folder: Path) -> dict[tuple[str, str, int], list[dict[str, float]]]:
+    """By (model, actor layout, vLLM's tp): of every update the largest difference of log-probs, and what was compared.
+
+    `cases.pt` in folder.parent: a list of (model's name, [actor layout], [tp])."""
+    results = {}
+    for name, layouts, tps in torch.load(folder.parent / "cases.pt"):
+        for tp in tps:
+            engine = build_engine(folder.parent / name, tp)
+            for layout in layouts:
+                actor = build_actor(folder.parent / name, layout)
+                results[name, str(layout), tp] = _updates(actor, engine)
+            engine.close()
+            release_groups()
+    return results
+
+
+def _updates(actor: Actor, engine: VllmEngine) -> list[dict[str, float]]:
+    bridge = Bridge(actor, engine, BridgeConfig(bucket_mib=SMALL_BUCKET_MIB, verify="golden", timeout_s=60), seed=0)
+    push = bridge._in_process
+    assert isinstance(push, InProcessPush)
+    found = []
+    for version in range(NUM_UPDATES + 1):
+        if version:
+            actor.train_step(bridge.probe, supervised_loss(bridge.probe), 1.0, NUM_UPDATES)
+        metrics = bridge.sync(version)
+        expected = actor.logprobs(bridge.probe, temperature=1.0)
+        scores = torch.cat(engine.token_logprobs([s.tolist() for s in bridge.probe.sequences()]))
+        assert push.report is not None
+        found.append(metrics | {
+            "difference": float((scores - expected).abs().max()),
+            "rounds": len(push.push.rounds),
+            "peak": push.report.peak_extra_bytes,
+            "limit": 2 * push.layout.bucket_bytes,
+            "mean": float(expected.mean()),
+        })  # fmt: skip
+    return found

@@ -1,0 +1,65 @@
+"""A push that goes wrong ends on every rank, in bounded time, and says which rank and bucket it was."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import ROOT
+from tests.resharding.fault_ranks import NUM_RANKS, TIMEOUT_S, VICTIM
+
+SURVIVORS = [rank for rank in range(NUM_RANKS) if rank != VICTIM]
+
+
+def outcomes(faults: list[str], folder: Path, ranks: list[int]) -> list[dict[str, Any]]:
+    """What the given ranks of one launch say; the others may be dead or stopped."""
+    folder.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.resharding.fault_ranks", ",".join(faults), str(folder), str(rank)],
+            env=environment,
+        )
+        for rank in range(NUM_RANKS)
+    ]
+    try:
+        for rank in ranks:
+            assert processes[rank].wait(timeout=120) == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [json.loads((folder / f"outcome_{rank}.json").read_text()) for rank in ranks]
+
+
+def test_corruption_and_a_wrong_version_are_refused(tmp_path):
+    found = outcomes(["version", "none", "corruption"], tmp_path / "ranks", list(range(NUM_RANKS)))
+    for rank, outcome in enumerate(found):
+        assert "do not agree on the version of the weights (rank 0: 7, rank 1: 8" in outcome["version"]["message"]
+        assert outcome["none"]["message"] == ""
+        # Who received the damaged bucket says it; the others wait for it in vain, but not for long.
+        expected = ["is corrupted: of "] if rank == VICTIM else ["waited", "did not go through"]
+        assert any(part in outcome["corruption"]["message"] for part in expected), rank
+        assert outcome["corruption"]["seconds"] < 4 * TIMEOUT_S
+    message = found[VICTIM]["corruption"]["message"]
+    assert f"version 7: rank {VICTIM}, bucket of round" in message
+    assert "1 have another checksum than there, the first is of 'model." in message
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+def test_a_dead_or_stopped_rank_ends_the_others(tmp_path, fault):
+    found = outcomes([fault], tmp_path / "ranks", SURVIVORS)
+    happened = float((tmp_path / "ranks/fault_time").read_text())
+    for outcome in found:
+        assert outcome[fault]["message"].startswith("weight push")
+        assert outcome[fault]["end"] - happened < 4 * TIMEOUT_S
+    named = [
+        outcome[fault]["message"] for outcome in found if f"rank {VICTIM} is dead, stopped" in outcome[fault]["message"]
+    ]
+    assert named
+    assert all("bucket of round" in message for message in named)
+    print(f"{fault}: ended {[round(outcome[fault]['end'] - happened, 1) for outcome in found]} s later")

@@ -1,0 +1,58 @@
+"""riskpo plan --bridge: its figures are the plan's."""
+
+import re
+
+import pytest
+
+from megatron_riskpo.cli import main
+from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.config_io import load_config, load_model_config
+from megatron_riskpo.resharding.plan import plan_rank
+from megatron_riskpo.resharding.plan_text import colocated_layout
+from tests.tiny_models import make_tiny_qwen2
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    model = make_tiny_qwen2(folder / "model", tied=True, seed=0, num_layers=2)
+    (folder / "run.toml").write_text(f'[model]\npath = "{model}"\n[actor]\ntp = 2\npp = 2\n[rollout]\ntp = 2\n')
+    return folder / "run.toml"
+
+
+def test_a_line_a_rank_with_its_bytes(config, capsys):
+    assert main(["plan", "--bridge", "--gpus", "8", "--gpus-per-node", "4", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "actor: 8 ranks, tp 2, pp 2, vp 1, cp 1, ep 1; rollout: 4 engines, tp 2"
+    options = load_config(TrainConfig, config, [])
+    layout = colocated_layout(options, load_model_config(options.model.path), 8, 4)
+    for rank, line in enumerate(lines[3:]):
+        number, received, own, near, others, sent, peak = map(float, line.split())
+        plan = plan_rank(layout, rank)
+        assert number == rank
+        assert received == pytest.approx(plan.num_bytes(plan.receives) / 2**20, abs=0.006)
+        assert own + near + others == pytest.approx(received, abs=0.02)
+        assert sent == pytest.approx(plan.num_bytes(plan.sends) / 2**20, abs=0.006)
+        assert peak == pytest.approx(plan.peak_round_bytes / 2**20, abs=0.006)
+    assert len(lines) == 11
+
+
+def test_the_transfers_of_a_rank(config, capsys):
+    assert main(["plan", "--bridge", "--rank", "1", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert re.match(r"rank 1: \d+ transfers in, \d+ out, digest [0-9a-f]{16}\n", out)
+    own = "round 1: rank 1 decoder.layers.0.mlp.linear_fc2.weight [0:128, 0:128] -> rank 1 model.layers.0.mlp.down_proj"
+    assert own.replace("round 1", "round 0") in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "9"], "--rank 9: there are 4 ranks; give 0 to 3"),
+        (["--gpus", "6"], "6 ranks"),
+        (["--gpus", "4", "--rollout.tp", "3"], "rollout.tp = 3"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(config, capsys, arguments, message):
+    assert main(["plan", "--bridge", *arguments, str(config)]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""How long a rank's resharding plan takes, and how long the planned syncs would take on given links.
+
+Beside the dense case stands the planner of megatron.core.resharding, run in the same process on the same layout. Times
+are of the processor, medians: other jobs on the machine count little. A sync is predicted from the plan's bytes: of
+every rank what goes over its network card and what over NVLink, both ways at once, at the links' full speed; the
+slowest rank counts. Neither latency nor vLLM's packing is in it.
+Usage: python tools/benchmark/reshard_plan.py [--json reshard_plan.json] [--skip-megatron]
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from markdown_table import markdown_table
+from megatron_planner import seconds_for_all_ranks
+from reshard_cases import PLAN_CASES, SYNC_CASES, Case
+
+from megatron_riskpo.resharding.plan import plan_rank, transfer_items
+from megatron_riskpo.resharding.schedule import BridgeLayout, make_schedule
+
+NIC_BYTES_S = 400e9 / 8
+"""A 400 Gb/s card a GPU."""
+NVLINK_BYTES_S = 450e9
+"""Each way, of an H100's 900 GB/s."""
+
+
+def plan_milliseconds(layout: BridgeLayout, num_ranks: int) -> list[float]:
+    """Of ranks spread over the world, each from nothing."""
+    times = []
+    for rank in np.linspace(0, layout.actor.world_size - 1, num_ranks).astype(int).tolist():
+        make_schedule.cache_clear()
+        plan_rank.cache_clear()
+        start = time.process_time()
+        plan_rank(layout, rank)
+        times.append(1e3 * (time.process_time() - start))
+    return times
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Bytes and seconds of one push."""
+
+    largest_shard_gb: float
+    far_gb: float
+    """Most that a rank gets or gives over its network card."""
+    near_gb: float
+    """The same over NVLink."""
+    seconds: float
+    ideal_seconds: float
+    """If every rank got its whole shard over its card, and nothing else held it up."""
+
+
+def predict(layout: BridgeLayout) -> Sync:
+    """From all ranks' receives; what a rank sends is what others get from it."""
+    num_ranks = max(layout.actor.world_size, layout.rollout.rank(layout.rollout.replicas, 0))
+    moved = np.zeros((4, num_ranks))  # far in, far out, near in, near out
+    largest = 0
+    for rank in range(layout.rollout.first_rank, layout.rollout.rank(layout.rollout.replicas, 0)):
+        receives = plan_rank.__wrapped__(layout, rank).receives
+        num_bytes = transfer_items(receives) * layout.item_size
+        largest = max(largest, int(num_bytes.sum()))
+        is_near = receives["source"] // layout.node_size == rank // layout.node_size
+        is_other = receives["source"] != rank
+        for row, chosen in ((0, is_other & ~is_near), (2, is_other & is_near)):
+            moved[row, rank] += num_bytes[chosen].sum()
+            np.add.at(moved[row + 1], receives["source"][chosen], num_bytes[chosen])
+    far, near = moved[:2].max(), moved[2:].max()
+    seconds = max(far / NIC_BYTES_S, near / NVLINK_BYTES_S)
+    return Sync(largest / 1e9, far / 1e9, near / 1e9, seconds, largest / NIC_BYTES_S)
+
+
+def report_plans(num_ranks: int, with_megatron: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    rows = []
+    for case, goal in PLAN_CASES:
+        times = plan_milliseconds(case.layout, num_ranks)
+        plan = plan_rank(case.layout, 0)
+        figures[case.name] = {"ms": times, "transfers": len(plan.receives) + len(plan.sends)}
+        rows.append([case.name, str(figures[case.name]["transfers"]), f"{median(times):.0f}", f"{max(times):.0f}",
+                     f"{goal}"])  # fmt: skip
+    print("## A rank's plan\n")
+    print(markdown_table(["case", "transfers of rank 0", "ms, median", "ms, slowest rank", "goal"], rows))
+    if with_megatron:
+        figures["megatron"] = _megatron(PLAN_CASES[0][0], figures[PLAN_CASES[0][0].name]["ms"])
+    return figures
+
+
+def _megatron(case: Case, own_ms: list[float]) -> dict[str, float]:
+    seconds, transfers = seconds_for_all_ranks(case.hf_config, case.actor, case.rollout)
+    ratio = 1e3 * seconds / median(own_ms)
+    print(
+        f"\n{case.name}: megatron.core.resharding plans on rank 0 for all ranks, {seconds:.1f} s ({transfers} "
+        f"transfers into rank 0); ours {median(own_ms):.0f} ms, on every rank at once: 1/{ratio:.0f}"
+    )
+    return {"seconds": seconds, "transfers": transfers, "ratio": ratio}
+
+
+def report_syncs(cases: tuple[Case, ...]) -> dict[str, Any]:
+    rows, figures = [], {}
+    for case in cases:
+        sync = predict(case.layout)
+        figures[case.name] = asdict(sync)
+        rows.append([case.name, str(case.actor.world_size), f"{sync.largest_shard_gb:.2f}", f"{sync.far_gb:.2f}",
+                     f"{sync.near_gb:.2f}", f"{sync.seconds:.3f}", f"{sync.ideal_seconds:.3f}"])  # fmt: skip
+    header = ["model, rollout on", "actor ranks", "shard GB", "most over a card GB", "most over NVLink GB",
+              "predicted s", "shard over card s"]  # fmt: skip
+    print("\n## Predicted syncs\n")
+    print(markdown_table(header, rows))
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--ranks", type=int, default=9, help="ranks whose plans are timed")
+    parser.add_argument("--syncs", type=int, default=len(SYNC_CASES), help="how many of the predictions to make")
+    parser.add_argument("--skip-megatron", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    figures = report_plans(args.ranks, not args.skip_megatron) | {"syncs": report_syncs(SYNC_CASES[: args.syncs])}
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
