@@ -34,7 +34,8 @@ class Bridge:
         """Bring the engine to the actor's weights and call them `version`. Collective.
 
         An engine that samples from the actor's own weights has nothing to receive and nothing to verify.
-        Returns bridge/* and perf/push_s, perf/pack_s. Raises RunError when the engine reports another version, or holds other weights.
+        Returns bridge/*, perf/push_s and perf/pack_s. Raises RunError when the engine reports another version, or holds
+        other weights.
         """
         if self.engine.shares_weights:
             self.engine.update_weights((), version)
