@@ -34,7 +34,8 @@ class Bridge:
         """Bring the engine to the actor's weights and call them `version`. Collective.
 
         An engine that samples from the actor's own weights has nothing to receive and nothing to verify.
-        Returns bridge/*. Raises RunError when the engine reports another version, or holds other weights.
+        Returns bridge/*, perf/push_s and perf/pack_s. Raises RunError when the engine reports another version, or holds
+        other weights.
         """
         if self.engine.shares_weights:
             self.engine.update_weights((), version)
@@ -54,7 +55,7 @@ class Bridge:
             metrics["bridge/golden_numbers"] = float(self._in_process.run_golden(version))
         else:
             self._in_process.run(version)
-        metrics["bridge/pack_s"] = self._in_process.sink.pack_seconds
+        metrics["perf/pack_s"] = self._in_process.sink.pack_seconds
         return metrics | push_metrics(self._in_process.report)
 
     def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:
@@ -98,12 +99,12 @@ def check_version(found: int, expected: int) -> None:
 
 
 def push_metrics(report: PushReport | None) -> dict[str, float]:
-    """bridge/* of a push on this rank: its seconds, vLLM's packing included, what came from other ranks, and the
+    """Of a push on this rank: its seconds, vLLM's packing included, what came from other ranks, and the
     buckets' memory."""
     if report is None:
         return {}
     return {
-        "bridge/push_s": report.seconds,
+        "perf/push_s": report.seconds,
         "bridge/received_mib": report.bytes_received / 2**20,
         "bridge/peak_extra_mib": report.peak_extra_bytes / 2**20,
     }

@@ -112,7 +112,7 @@ def engine(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, li
         metrics = bridge.sync(version)
         if version:
             found["sync"].append(time.perf_counter() - start)
-            found["pack"].append(metrics["bridge/pack_s"])
+            found["pack"].append(metrics["perf/pack_s"])
     vllm.close()
     return found
 
