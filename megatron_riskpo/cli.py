@@ -1,5 +1,6 @@
-"""The command line: riskpo train | sft | plan | doctor | report | checkpoint | convert | serve. Imports nothing heavy
-before it is needed, so that wrong input is answered at once and signal handlers stand before torch is loaded."""
+"""The command line: riskpo train | sft | evaluate | compare | data | plan | doctor | report | checkpoint | convert |
+serve. Imports nothing heavy before it is needed, so that wrong input is answered at once and signal handlers stand
+before torch is loaded."""
 
 import argparse
 import errno
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_riskpo import __version__
+from megatron_riskpo.compare_command import add_compare, run_compare
 from megatron_riskpo.convert_command import add_convert, run_convert
+from megatron_riskpo.data_command import add_data, run_data
 from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launch, process_env, report_error
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.doctor_command import add_doctor, run_doctor
 from megatron_riskpo.errors import RiskpoError, UsageError
+from megatron_riskpo.evaluate_command import add_evaluate, overrides_last, run_evaluate
 from megatron_riskpo.plan_command import add_plan, run_plan
 from megatron_riskpo.serve_command import add_serve, run_serve
 
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         registry = _registry_asked_for(plain)
         if registry:
             return _print_registry(registry)
-        args = _parser().parse_args(plain)
+        args = _parser().parse_args(overrides_last(plain))
         return _COMMANDS[args.command](args, arguments)
     except KeyboardInterrupt:
         return 130
@@ -115,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands, _OVERRIDES_HELP)
     add_doctor(commands)
     add_serve(commands, _OVERRIDES_HELP)
+    add_evaluate(commands)
+    add_compare(commands)
+    add_data(commands)
     return parser
 
 
@@ -230,6 +237,9 @@ _COMMANDS = {
     "checkpoint": _checkpoint,
     "convert": run_convert,
     "serve": run_serve,
+    "evaluate": run_evaluate,
+    "compare": run_compare,
+    "data": run_data,
 }
 
 

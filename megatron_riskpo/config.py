@@ -56,29 +56,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class PromptConfig:
+    """How a question becomes a prompt."""
+
+    strip_prefix: str = ""
+    """Text taken off the start of every problem that has it (a task's boilerplate that a small model need not read)."""
+    prompt_template: str = "{problem}"
+    """Prompt text; {problem} is replaced by the question."""
+    prompt_config: str = ""
+    """A prompt in nemo-skills' form instead of prompt_template: a YAML file with `user`, and perhaps `system` and
+    `few_shot_examples`; the question's fields are filled into `user`."""
+    chat_template: bool = False
+    """Send the prompt text as a user message through the tokenizer's chat template."""
+    max_prompt_tokens: int = 256
+    """Questions with a longer prompt, in tokens, are left out (counted and said aloud)."""
+
+
+@dataclass(frozen=True)
+class DataConfig(PromptConfig):
     """The questions."""
 
     train: str = "reasoning_gym:chain_sum"
     """Training questions: reasoning_gym:NAME, or a JSONL file with `problem` and `expected_answer`."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Training questions of several sources, in place of `train`: source = weight. Every step has its share of each."""
     evaluation: str = ""
     """Held-out questions, same forms; empty: drawn from `train`'s source, none of them a training question."""
+    evaluation_sets: dict[str, str] = field(default_factory=dict)
+    """Further held-out questions by the name that their metrics get, eval/NAME/...: NAME = JSONL file (all its
+    questions)."""
     options: dict[str, Scalar] = field(default_factory=dict)
     """Options of the reasoning-gym task, for example max_terms = 3."""
     train_size: int = 4096
     """Number of training questions generated (reasoning_gym only)."""
     evaluation_size: int = 200
     """Number of held-out questions."""
-    strip_prefix: str = ""
-    """Text taken off the start of every problem that has it (a task's boilerplate that a small model need not read)."""
-    prompt_template: str = "{problem}"
-    """Prompt text; {problem} is replaced by the question."""
-    chat_template: bool = False
-    """Send the prompt text as a user message through the tokenizer's chat template."""
     prompts_per_step: int = 32
     """P: questions a step over all ranks."""
-    max_prompt_tokens: int = 256
-    """Questions with a longer prompt, in tokens, are left out (counted and said aloud)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.config import PROBE_LENGTH, ModelShapeConfig, SftConfig, TrainConfig
+from megatron_riskpo.config import PROBE_LENGTH, DataConfig, ModelShapeConfig, SftConfig, TrainConfig
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_layout import LAYOUT_RULES, mlp_columns
 from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
@@ -98,6 +98,19 @@ def templates(setup: Setup) -> str | None:
     for template in getattr(data, "response_templates", ()):
         if "{answer}" not in template:
             return f"data.response_templates: {template!r} has no {{answer}}, where the answer goes"
+    return None
+
+
+def data_sources(setup: Setup) -> str | None:
+    data = setup.config.data
+    wrong = [source for source, weight in data.sources.items() if isinstance(weight, str | bool) or not weight > 0]
+    if wrong:
+        return f'data.sources."{wrong[0]}" = {data.sources[wrong[0]]!r} is no weight; it must be a number > 0'
+    if data.sources and data.train != DataConfig.train:
+        return f'data.sources and data.train = "{data.train}" both name training questions; put it into data.sources'
+    for name in data.evaluation_sets:
+        if name == "heldout" or "/" in name:
+            return f"data.evaluation_sets.{name}: the name is taken or has a /; choose another"
     return None
 
 
@@ -227,7 +240,8 @@ def dynamic_sampling(setup: Setup) -> str | None:
             f"{config.rollout.group_size} gives one response each; set it to 2 or more, or dynamic_sampling to false"
         )
     # A file's questions are counted when they are read.
-    return too_few_questions(config, config.data.train_size) if config.data.train.startswith(GYM_PREFIX) else None
+    is_task = config.data.train.startswith(GYM_PREFIX) and not config.data.sources
+    return too_few_questions(config, config.data.train_size) if is_task else None
 
 
 def too_few_questions(config: TrainConfig, num_questions: int) -> str | None:
@@ -315,7 +329,8 @@ def keep_every(setup: Setup) -> str | None:
 def keep_best(setup: Setup) -> str | None:
     config = setup.config
     evaluated, saved, steps = config.evaluation.every, config.checkpoint.every, config.run.steps
-    best, names = config.checkpoint.keep_best, [f"eval/heldout/pass@{k}" for k in config.evaluation.ks]
+    sets = ("heldout", *config.data.evaluation_sets)
+    best, names = config.checkpoint.keep_best, [f"eval/{name}/pass@{k}" for name in sets for k in config.evaluation.ks]
     if not best:
         return None
     if best not in names:
@@ -333,6 +348,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     bounds,
     run_name,
     templates,
+    data_sources,
     model_folder,
     *LAYOUT_RULES,
     engine_layout,

@@ -49,6 +49,19 @@ def default_config(cls: type[Config], overrides: Sequence[str] = ()) -> Config:
     return _with_overrides(cls(), overrides)
 
 
+def config_of_table(cls: type[Config], table: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """As load_config, from a table that was read already, such as a run's record; options that `cls` does not have are
+    left out. `source`: where it was read, for errors."""
+    known = leaf_types(cls)
+    sections = {key.partition(".")[0] for key in known}
+    own = {
+        section: {name: value for name, value in options.items() if f"{section}.{name}" in known}
+        for section, options in table.items()
+        if section in sections
+    }
+    return _with_overrides(_with_values(cls(), _flat_values(cls, own, source)), overrides)
+
+
 def load_model_config(path: str | Path, name: str = "model.path") -> dict[str, Any]:
     """config.json of the Hugging Face model folder `path`, which the user gave as `name`. Raises UsageError."""
     if not path:

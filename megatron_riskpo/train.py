@@ -9,8 +9,10 @@ import torch
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length, too_few_questions
 from megatron_riskpo.config_io import resolved, write_run_record
+from megatron_riskpo.data.mixture import MixedStream, make_stream
+from megatron_riskpo.data.overlap import without_overlap
 from megatron_riskpo.data.prompts import encode_prompts
-from megatron_riskpo.data.questions import Question, load_split
+from megatron_riskpo.data.questions import Question, load_evaluation_sets, load_split
 from megatron_riskpo.data.stream import PromptStream
 from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, stop_token_ids
 from megatron_riskpo.distributed.grid import RankGrid
@@ -92,15 +94,24 @@ def _build(
 
     observer = Observer(run_dir, config.logging, config.run.steps, start_step, is_writer=grid.rank == 0)
     tokenizer = load_tokenizer(config.model.path)
-    train_questions, held_out_questions = load_split(config.data, config.run.seed)
+    drawn, held_out_questions = load_split(config.data, config.run.seed)
+    further = load_evaluation_sets(config.data)
+    train_questions, overlapping = without_overlap(drawn, [q for questions in further.values() for q in questions])
+    if overlapping:
+        observer.log(f"training: left out {len(overlapping)} of {len(drawn)} questions that an evaluation set has")
     train_set = _encoded(train_questions, "training", tokenizer, config, observer)
     held_out = _encoded(held_out_questions, "held out", tokenizer, config, observer)
+    evaluation_sets = {
+        name: _encoded(questions, name, tokenizer, config, observer) for name, questions in further.items()
+    }
     # Before the model: a prompt and a grader that do not go together are found in seconds.
-    graded = [pair for part in (train_set, held_out) for pair in zip(part.questions, part.references, strict=True)]
+    sets = (train_set, held_out, *evaluation_sets.values())
+    graded = [pair for part in sets for pair in zip(part.questions, part.references, strict=True)]
     pool = started_pool(config, graded, grid.world, observer.log, stack)
-    stream = PromptStream(
-        len(train_set.prompts), config.data.prompts_per_step, config.run.seed, option="data.prompts_per_step"
-    )
+    stream = make_stream(
+        train_set.questions, config.data.sources, config.data.prompts_per_step, config.run.seed,
+        option="data.prompts_per_step",
+    )  # fmt: skip
     shortage = too_few_questions(config, len(train_set.prompts))
     if shortage:
         raise UsageError(shortage)
@@ -123,6 +134,7 @@ def _build(
         tokenizer=tokenizer,
         train_set=train_set,
         held_out=held_out,
+        evaluation_sets=evaluation_sets,
         source=_build_source(config, engine, stream, train_set.prompts, stop_token_ids(config.model.path, tokenizer)),
         stop=stop,
         observer=stack.enter_context(observer),
@@ -167,8 +179,12 @@ def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid, run_dir: Path
 
 
 def _build_source(
-    config: TrainConfig, engine: Any, stream: PromptStream, prompts: list[list[int]], stop_ids: tuple[int, ...]
-) -> RolloutSource:
+    config: TrainConfig,
+    engine: Any,
+    stream: PromptStream | MixedStream,
+    prompts: list[list[int]],
+    stop_ids: tuple[int, ...],
+) -> RolloutSource:  # fmt: skip
     rollout = config.rollout
     sampling = SamplingConfig(rollout.group_size, rollout.max_response_tokens, rollout.temperature, stop_ids)
     return RolloutSource(

@@ -1,6 +1,6 @@
 """The RiskPO loop: collect (generate and score), advantages, update, sync."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Trainer:
     objective: Objective
     reference: ReferenceWeights | None = None
     """Of the model that the run started from, where the loss has a KL penalty."""
+    evaluation_sets: dict[str, EncodedQuestions] = field(default_factory=dict)
+    """Further held-out questions, by the name that their metrics have."""
     step: int = 0
     """Steps done."""
 
@@ -248,15 +250,22 @@ class Trainer:
         ]
 
     def evaluate(self) -> dict[str, float]:
-        """pass@k on the held-out questions; always with the same seeds, so that evaluations compare."""
+        """pass@k on the held-out questions and the further sets."""
+        metrics = {}
+        with self.observer.phase("evaluation"):
+            for name, questions in {"heldout": self.held_out, **self.evaluation_sets}.items():
+                metrics |= self.evaluate_set(name, questions)
+        return metrics
+
+    def evaluate_set(self, name: str, questions: EncodedQuestions) -> dict[str, float]:
+        """pass@k of one set; always with the same seeds, so that evaluations compare."""
         config = self.config.evaluation
         sampling = replace(self.source.sampling, group_size=config.num_samples, temperature=config.temperature)
-        seeds = sample_seeds(self.config.run.seed, 0, len(self.held_out.prompts), "evaluation")
-        with self.observer.phase("evaluation"):
-            return evaluate(
-                self.engine, self.held_out.prompts, self.held_out.references, sampling, seeds, config, self.tokenizer,
-                self.pool, self.config.rewards, self.actor.grid.world,
-            )  # fmt: skip
+        seeds = sample_seeds(self.config.run.seed, 0, len(questions.prompts), "evaluation")
+        return evaluate(
+            self.engine, questions.prompts, questions.references, sampling, seeds, config, self.tokenizer, self.pool,
+            self.config.rewards, self.actor.grid.world, name,
+        )  # fmt: skip
 
     def save(self, metrics: dict[str, float]) -> None:
         """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown.

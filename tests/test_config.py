@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 
@@ -76,7 +77,9 @@ def _as_toml(config: object) -> str:
 @pytest.mark.parametrize("cls", [TrainConfig, SftConfig])
 def test_resolved_config_written_as_toml_loads_to_the_same_config(cls, toml) -> None:
     text = _as_toml(cls())
-    assert sum(len(table) for table in tomllib.loads(text).values()) >= len(leaf_types(cls)) - 2
+    # Free tables are empty, and then not written.
+    num_tables = sum(get_origin(annotation) is dict for annotation in leaf_types(cls).values())
+    assert sum(len(table) for table in tomllib.loads(text).values()) >= len(leaf_types(cls)) - num_tables
     assert load_config(cls, toml(text)) == cls()
 
 

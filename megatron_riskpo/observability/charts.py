@@ -85,9 +85,23 @@ def evaluation_chart(rows: Rows) -> Chart | None:
         steps, values = zip(*points, strict=True) if points else ((), ())
         set_name, _, measure = key.removeprefix("eval/").rpartition("/")
         line = {"color": color, "width": 2.5}
-        figure.add_scatter(x=steps, y=values, name=f"{measure} {set_name}", mode="lines+markers", line=line)
+        figure.add_scatter(
+            x=steps, y=values, name=f"{measure} {set_name}", mode="lines+markers", line=line, error_y=_bars(rows, key)
+        )
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return finish("Held-out questions", "Unbiased pass@k of the evaluations.", figure)
+    return finish("Held-out questions", "Unbiased pass@k of the evaluations, 95 % intervals over questions.", figure)
+
+
+def _bars(rows: Rows, key: str) -> dict[str, object] | None:
+    """The interval of each point of the key; None where a run did not measure it."""
+    points = [row for row in rows if row.get(key) is not None]
+    if any(row.get(f"{key}_{end}") is None for row in points for end in ("low", "high")):
+        return None
+    return {
+        "type": "data", "symmetric": False, "thickness": 1, "width": 2,
+        "array": [row[f"{key}_high"] - row[key] for row in points],
+        "arrayminus": [row[key] - row[f"{key}_low"] for row in points],
+    }  # fmt: skip
 
 
 def curves_chart(rows: Rows, curves: Curves) -> Chart | None:

@@ -99,9 +99,14 @@ def describe(metrics: Mapping[str, Any], eta_s: float | None) -> tuple[str, str,
         for key, value in metrics.items()
         if key.startswith("time/")
     ]
-    evaluations = labelled(metrics, {key: key.removeprefix("eval/") for key in metrics if key.startswith("eval/")})
+    evaluations = labelled(metrics, {key: key.removeprefix("eval/") for key in metrics if is_headline(key)})
     eta = f"ETA {str(timedelta(seconds=round(eta_s))).removeprefix('0:')}" if eta_s is not None else ""
     return join(learning, f"{speed:.0f} tok/s" if speed is not None else ""), " ".join(phases), evaluations, eta
+
+
+def is_headline(key: str) -> bool:
+    """An evaluation's figure, less the ends of its interval, which are in metrics.jsonl."""
+    return key.startswith("eval/") and not key.endswith(("_low", "_high"))
 
 
 def join(*parts: str) -> str:

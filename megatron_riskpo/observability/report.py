@@ -30,12 +30,9 @@ def write_report(run_dir: Path) -> Path:
     says so). Raises UsageError where the run has no metrics.
     """
     rows = read_metrics(run_dir)
-    # autoescape: responses are a model's, questions a data set's; both may hold markup.
-    environment = Environment(
-        loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     seconds = phase_seconds(rows)
-    page = environment.get_template("report.html.j2").render(
+    page = render_page(
+        "report.html.j2",
         name=run_dir.resolve().name,
         steps=rows[-1]["step"],
         step_seconds=sum(seconds.values()),
@@ -44,9 +41,20 @@ def write_report(run_dir: Path) -> Path:
         charts=[(chart, draw(chart, f"chart-{index}")) for index, chart in enumerate(build_charts(rows))],
         samples=shown_samples(run_dir),
         config=read_config(run_dir),
-        plotly=get_plotlyjs(),
     )
-    path = run_dir / "report.html"
+    return save_page(run_dir / "report.html", page)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page out of one of this folder's templates, with plotly in it."""
+    # autoescape: responses are a model's, questions a data set's; both may hold markup.
+    environment = Environment(
+        loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(plotly=get_plotlyjs(), **values)
+
+
+def save_page(path: Path, page: str) -> Path:
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 

@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch.distributed import ProcessGroup
 
-from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.data.prompts import prompt_text
+from megatron_riskpo.config import PromptConfig, RewardConfig
+from megatron_riskpo.data.prompts import prompt_messages
 from megatron_riskpo.data.sources import Question
 from megatron_riskpo.rewards.from_config import grader_options
 from megatron_riskpo.rewards.gold_check import check_gold, gold_answer, spread
@@ -16,8 +17,18 @@ from megatron_riskpo.rewards.reference import Reference, graders_of
 Graded = tuple[Question, Reference]
 
 
+class GradedConfig(Protocol):
+    """A command's options that say how questions are asked and graded."""
+
+    @property
+    def data(self) -> PromptConfig: ...
+
+    @property
+    def rewards(self) -> RewardConfig: ...
+
+
 def started_pool(
-    config: TrainConfig, questions: Sequence[Graded], world: ProcessGroup, log: Callable[[str], None],
+    config: GradedConfig, questions: Sequence[Graded], world: ProcessGroup, log: Callable[[str], None],
     stack: contextlib.ExitStack,
 ) -> GraderPool:  # fmt: skip
     """A pool for all questions, which `stack` closes. Collective.
@@ -34,7 +45,7 @@ def started_pool(
     chosen = (
         [questions[i] for i in spread(len(questions), config.rewards.gold_checks)] if config.rewards.gold_checks else []
     )
-    prompts = [prompt_text(question.problem, data.strip_prefix, data.prompt_template) for question, _ in chosen]
+    prompts = [messages[-1]["content"] for messages in prompt_messages([question for question, _ in chosen], data)]
     answers = [gold_answer(prompt, q.source, ref, form) for prompt, (q, ref) in zip(prompts, chosen, strict=True)]
     check_gold(pool, answers, form, world)
     return pool

@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from megatron_riskpo.data.mixture import MixedStream
 from megatron_riskpo.data.stream import PromptStream, sample_seeds
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, SamplingConfig
@@ -43,7 +44,7 @@ class RolloutSource:
     def __init__(
         self,
         engine: RolloutEngine,
-        stream: PromptStream,
+        stream: PromptStream | MixedStream,
         prompts: Sequence[list[int]],
         sampling: SamplingConfig,
         seed: int,

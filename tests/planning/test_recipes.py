@@ -35,7 +35,7 @@ def test_a_recipe_breaks_no_rule(path: Path) -> None:
     nodes = num_gpus // 8
     assert f"#   sbatch --nodes {nodes} --ntasks-per-node 8" in text
     assert f'riskpo train examples/{path.name}"' in text
-    assert "tools/prepare_data.py" in text
+    assert "riskpo data prepare" in text
     assert "Expected result" in text
 
 

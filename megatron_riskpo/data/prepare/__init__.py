@@ -1,0 +1,1 @@
+"""`riskpo data prepare`: data sets as their owners publish them into question files."""

@@ -1,0 +1,124 @@
+"""`riskpo evaluate` on one rank: ask, grade, write; and the summary of what is written."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_riskpo.config import ActorConfig
+from megatron_riskpo.config_io import load_model_config
+from megatron_riskpo.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_riskpo.distributed.launch import RankEnv
+from megatron_riskpo.distributed.runtime import rank_runtime
+from megatron_riskpo.distributed.signals import StopSignal, agree
+from megatron_riskpo.errors import UsageError
+from megatron_riskpo.evaluation.benchmarks import Benchmark, load_benchmarks
+from megatron_riskpo.evaluation.generate import Sampler, Task, fill, pending_tasks
+from megatron_riskpo.evaluation.nemo_metrics import write_metrics
+from megatron_riskpo.evaluation.options import EvaluateConfig
+from megatron_riskpo.evaluation.results import read_results
+from megatron_riskpo.evaluation.settings import check_settings, settings, write_settings
+from megatron_riskpo.evaluation.summary import summarize, table, write_intervals
+from megatron_riskpo.rewards.from_config import references_of
+from megatron_riskpo.rewards.start import started_pool
+from megatron_riskpo.rollout.types import SamplingConfig
+
+BATCHES_PER_ENGINE = 4
+"""Answers of a batch, in units of the sequences that the engines decode at a time: what a killed evaluation loses."""
+
+
+def run_evaluation(
+    config: EvaluateConfig, files: Sequence[Path], out: Path, first_seed: int, env: RankEnv, stop: StopSignal
+) -> int:
+    """Fill the outputs in `out`, then sum them up. Exit code 0: done, or stopped by a signal."""
+    tokenizer = load_tokenizer(config.model.path, "--model")
+    benchmarks = load_benchmarks(files, tokenizer, config.data)
+    wanted = settings(config, benchmarks)
+    check_settings(out, wanted)
+    seeds = range(first_seed, first_seed + config.evaluation.num_samples)
+    with rank_runtime(env, config.run, ActorConfig()) as grid:
+        if grid.rank == 0:
+            write_settings(out, wanted)
+        greedy = config.evaluation.temperature == 0
+        tasks = _shared(lambda: pending_tasks(out, benchmarks, seeds, greedy), grid.world)
+        num_done = len(seeds) * sum(len(benchmark.lines) for benchmark in benchmarks.values()) - len(tasks)
+        say = _reporter(grid.rank == 0, num_done)
+        completed = not tasks or _ask(config, benchmarks, tasks, tokenizer, out, grid.world, stop, say)
+    if env.rank == 0:
+        if not completed:
+            print(f"stopped by a signal; the answers so far are in {out}; run the same command to go on")
+            return 0
+        conclude(out)
+    return 0
+
+
+def conclude(folder: Path, target: Path | None = None) -> None:
+    """Print the table of all outputs in `folder`, write metrics.json and intervals.json there, or in `target`."""
+    found = read_results(folder)
+    summaries = {results.name: summarize(results) for results in found}
+    target = target or folder
+    target.mkdir(parents=True, exist_ok=True)
+    print(table(summaries))
+    print(f"metrics: {write_metrics(target, found)}\nintervals: {write_intervals(target, summaries)}")
+
+
+def max_model_len(config: EvaluateConfig) -> int:
+    """Positions that the engine needs. Raises UsageError where the model has fewer."""
+    needed = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    limit = load_model_config(config.model.path, "--model").get("max_position_embeddings", needed)
+    if needed > limit:
+        raise UsageError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {config.data.max_prompt_tokens} + "
+            f"{config.rollout.max_response_tokens} = {needed} exceeds the model's max_position_embeddings = {limit}; "
+            f"lower one of them by {needed - limit}"
+        )
+    return needed
+
+
+def _ask(
+    config: EvaluateConfig, benchmarks: dict[str, Benchmark], tasks: list[Task], tokenizer: Any, out: Path,
+    world: ProcessGroup, stop: StopSignal, say: Callable[[str], None],
+) -> bool:  # fmt: skip
+    from megatron_riskpo.rollout.vllm_engine import VllmEngine
+
+    questions = [question for benchmark in benchmarks.values() for question in benchmark.questions]
+    with contextlib.ExitStack() as stack:
+        graded = list(zip(questions, references_of(questions, config.rewards), strict=True))
+        pool = started_pool(config, graded, world, say, stack)
+        engine = VllmEngine(
+            config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_model_len(config),
+            world_group=world, seed=config.run.seed, load_checkpoint=True,
+        )  # fmt: skip
+        stack.callback(engine.close)
+        sampling = SamplingConfig(
+            group_size=1,
+            max_response_tokens=config.rollout.max_response_tokens,
+            temperature=config.evaluation.temperature,
+            stop_token_ids=stop_token_ids(config.model.path, tokenizer),
+        )
+        sampler = Sampler(engine, sampling, tokenizer, pool, config.rewards, world)
+        batch_size = BATCHES_PER_ENGINE * config.rollout.max_num_seqs * (world.size() // config.rollout.tp)
+        return fill(out, benchmarks, tasks, sampler, batch_size, lambda: agree(stop, world), say)
+
+
+def _shared(make: Callable[[], list[Task]], world: ProcessGroup) -> list[Task]:
+    """What rank 0 makes of the files, on every rank; its UsageError as well."""
+    box: list[Any] = [None]
+    if world.rank() == 0:
+        try:
+            box = [make()]
+        except UsageError as error:
+            box = [error]
+    dist.broadcast_object_list(box, group=world, group_src=0)
+    if isinstance(box[0], UsageError):
+        raise box[0]
+    return box[0]
+
+
+def _reporter(is_writer: bool, num_done: int) -> Callable[[str], None]:
+    if is_writer and num_done:
+        print(f"{num_done} answers were there already", flush=True)
+    return lambda line: print(line, flush=True) if is_writer else None

@@ -1,0 +1,185 @@
+"""`riskpo evaluate` and `riskpo compare` as a user meets them: what they read, and one line with code 2 where not."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_riskpo.cli import main
+from megatron_riskpo.config import PromptConfig, RolloutConfig
+from megatron_riskpo.errors import UsageError
+from megatron_riskpo.evaluate_command import overrides_last
+from megatron_riskpo.evaluation.benchmarks import Benchmark
+from megatron_riskpo.evaluation.options import EvaluateConfig, load_options
+from megatron_riskpo.evaluation.settings import NUM_BLOCKS, check_settings, fingerprint, settings, write_settings
+from tests.evaluation.test_nemo_skills import GOLDEN
+from tests.test_cli import handlers_restored  # noqa: F401
+
+QUESTION = '{"id": "a", "problem": "1 + 1", "expected_answer": "2"}\n'
+ASKED = ("--model", "model", "--data", "q.jsonl")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """With a model folder, one without weights, a run, and question files."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "empty", "run/hf"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text('{"model_type": "qwen2", "max_position_embeddings": 512}')
+    for name in ("model", "run/hf"):
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    options = {
+        "data": {"strip_prefix": "Say: ", "train": "x.jsonl", "max_prompt_tokens": 32},
+        "rollout": {"engine": "megatron", "max_response_tokens": 16},
+        "rewards": {"answer_form": "boxed"},
+        "run": {"name": "run", "steps": 3, "ranks": 2},
+    }
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": options}))
+    (tmp_path / "q.jsonl").write_text(QUESTION)
+    return tmp_path
+
+
+def test_overrides_go_behind_the_flags_of_the_command():
+    given = [
+        "evaluate",
+        "--rewards.answer_form",
+        "boxed",
+        "--model",
+        "m",
+        "--data",
+        "a",
+        "b",
+        "--run.ranks=2",
+        "--seed",
+        "1",
+    ]
+    assert overrides_last(given) == [
+        "evaluate", "--model", "m", "--data", "a", "b", "--seed", "1", "--", "--rewards.answer_form", "boxed",
+        "--run.ranks=2",
+    ]  # fmt: skip
+    assert overrides_last(["train", "--a.b", "1"]) == ["train", "--a.b", "1"]
+
+
+def test_a_run_is_asked_as_it_was_trained(folder: Path):
+    config = load_options(folder / "run", 4, ["--rollout.max_response_tokens", "20"])
+    assert config.model.path == str(folder / "run" / "hf")
+    assert config.data == PromptConfig(strip_prefix="Say: ", max_prompt_tokens=32)
+    assert (config.rollout.engine, config.rollout.max_response_tokens) == (RolloutConfig.engine, 20)
+    assert (config.rewards.answer_form, config.run.ranks, config.evaluation.num_samples) == ("boxed", 2, 4)
+    assert load_options(folder / "model", 1, []).data == PromptConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "an evaluation needs --model DIR and --data FILE"),
+        (["--model", "model"], "an evaluation needs --model DIR and --data FILE"),
+        (["--model", "model", "--data", "absent.jsonl"], "no question file absent.jsonl"),
+        (["--model", "absent", "--data", "q.jsonl"], "--model = absent: no such folder"),
+        (["--model", "empty", "--data", "q.jsonl"], "a model folder without weights"),
+        (["--model", "model", "--data", "q.jsonl", "--num-samples", "0"], "--num-samples 0 is out of range"),
+        (["--model", "model", "--data", "q.jsonl", "--rollout.group_size", "2"], "has no effect on an evaluation"),
+        (
+            ["--model", "model", "--data", "q.jsonl", "--rewards.answer_from", "boxed"],
+            "did you mean rewards.answer_form",
+        ),
+        (
+            ["--model", "model", "--data", "q.jsonl", "--evaluation.temperature", "0", "--num-samples", "2"],
+            "same answer",
+        ),
+        (["--from", "absent"], "absent: no such folder"),
+        (["--from", "model"], "model has no evaluation outputs"),
+        (["--from", "model", "--data", "q.jsonl"], "of the other options only --out goes with it"),
+    ],
+)
+def test_wrong_input_is_one_line_and_code_2(arguments, message: str, folder: Path, capfd):
+    assert main(["evaluate", *arguments]) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_outputs_of_nemo_skills_are_summed_up_elsewhere(folder: Path, capsys):
+    assert main(["evaluate", "--from", str(GOLDEN), "--out", str(folder / "sum")]) == 0
+    shown = capsys.readouterr().out
+    assert "33.3 % [" in shown
+    intervals = json.loads((folder / "sum" / "intervals.json").read_text())["sums"]
+    assert (intervals["num_questions"], intervals["num_samples"], intervals["errors"]) == (3, 3, 0)
+    assert intervals["shares"]["pass@2"]["value"] == pytest.approx(5 / 9)
+    assert intervals["shares"]["majority@3"]["value"] == pytest.approx(0.5)
+    assert intervals["shares"]["truncated"]["value"] == pytest.approx(2 / 9)
+    assert intervals["response_length"]["value"] == pytest.approx(38 / 3)
+    assert json.loads((folder / "sum" / "metrics.json").read_text())["sums"]["pass@1"]["num_entries"] == 3
+
+
+def test_a_comparison_is_printed_and_drawn(folder: Path, capsys):
+    shutil.copytree(GOLDEN, folder / "b")
+    (folder / "b" / "eval-results" / "sums" / "output-rs2.jsonl").unlink()
+    assert main(["compare", str(GOLDEN), "b"]) == 0
+    shown = capsys.readouterr().out
+    assert "+16.7 [" in shown  # pass@1: 1/3 and 1/2
+    assert "B better on 2, A on 0, equal 1; sign test p = 0.5" in shown
+    assert "Plotly" in (folder / "comparison.html").read_text()
+
+
+def test_other_questions_and_folders_are_one_line_and_code_2(folder: Path, capfd):
+    shutil.copytree(GOLDEN, folder / "b")
+    for path in (folder / "b").glob("eval-results/sums/*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    for arguments, message in (
+        ([str(GOLDEN), "b"], "1 of A's 3 are not in B, 0 of B's 2 are not in A"),
+        ([str(GOLDEN), "absent"], "absent: no such folder"),
+        ([str(GOLDEN), str(GOLDEN), "--out", "no/where.html"], "is no folder; make it first"),
+    ):
+        assert main(["compare", *arguments]) == 2
+        err = capfd.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+@pytest.fixture
+def asked(folder: Path) -> tuple[EvaluateConfig, dict[str, Benchmark]]:
+    return load_options(folder / "model", 2, []), {"q": Benchmark("q", [], [], [], "digest")}
+
+
+def test_the_same_evaluation_goes_on_with_more_samples_files_and_ranks(asked, folder: Path):
+    config, benchmarks = asked
+    write_settings(folder / "out", settings(config, benchmarks))
+    more = replace(
+        config, evaluation=replace(config.evaluation, num_samples=9), run=replace(config.run, ranks=4),
+        rollout=replace(config.rollout, max_num_seqs=7),
+    )  # fmt: skip
+    further = {"r": Benchmark("r", [], [], [], "other")}
+    check_settings(folder / "out", settings(more, benchmarks | further))
+    write_settings(folder / "out", settings(more, further))
+    assert json.loads((folder / "out" / "evaluation.json").read_text())["data"] == {"q": "digest", "r": "other"}
+
+
+def test_another_evaluation_is_refused_by_name(asked, folder: Path):
+    config, benchmarks = asked
+    write_settings(folder / "out", settings(config, benchmarks))
+    other = replace(config, rewards=replace(config.rewards, answer_form="boxed"))
+    with pytest.raises(UsageError, match=r"rewards.answer_form was 'any', is 'boxed'; restore that"):
+        check_settings(folder / "out", settings(other, benchmarks))
+    changed = {"q": Benchmark("q", [], [], [], "changed")}
+    with pytest.raises(UsageError, match="the questions of q have changed"):
+        check_settings(folder / "out", settings(config, changed))
+    (folder / "model" / "model.safetensors").write_bytes(b"weighty")
+    with pytest.raises(UsageError, match="the model's files have changed"):
+        check_settings(folder / "out", settings(config, benchmarks))
+
+
+def test_a_large_file_is_known_by_blocks_all_over_it(tmp_path: Path):
+    path = tmp_path / "big.safetensors"
+    path.write_bytes(bytes(9 << 20))
+    before = fingerprint(path)
+    # What an optimizer step does: it changes a stretch of every tensor.
+    for start in (0, (9 << 20) - 1, (9 << 20) // (NUM_BLOCKS - 1) * 5):
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(b"\x01")
+        after = fingerprint(path)
+        assert after != before
+        before = after
