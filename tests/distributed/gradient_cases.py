@@ -120,7 +120,7 @@ def first_is_spoilt(layout: str, folder: Path) -> tuple[dict[str, Tensor], dict[
     """Nothing but a skipped step, a checkpoint of it, a good step; and the good step alone."""
     actor, plain = make_actor(layout, folder), make_actor(layout, folder)
     step(actor, 0, float("nan"))
-    collect_parts(actor)
+    collect_parts(actor, detached=False)
     plain.num_optimizer_steps += 1
     for each in (actor, plain):
         step(each, 1)
