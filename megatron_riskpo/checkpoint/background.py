@@ -42,8 +42,7 @@ class BackgroundWrite:
     def _end_process(self) -> None:
         if not self._thread.is_alive():
             return
-        # It waits in C++ for a disk or a peer. Woken while Python finalizes it would abort the process, with another
-        # exit code and a line that nobody understands.
+        # It waits in C++ for a disk or a peer. Woken while Python finalizes, it would abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(RunError.exit_code)
