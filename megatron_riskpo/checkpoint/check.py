@@ -118,8 +118,8 @@ def _rows(reader: HfReader, name: str) -> Rows:
 
 
 def expected_shapes(hf_config: dict[str, Any]) -> dict[str, Shape]:
-    """Of every Hugging Face tensor, by name. Raises UsageError for a family that is not known, or sizes that are missing
-    or no numbers."""
+    """Of every Hugging Face tensor, by name. Raises UsageError for an unknown family, and for sizes that are missing or
+    no numbers."""
     try:
         rules = family_of(hf_config).rules(shape_of(hf_config))
         return {name: shape for rule in rules for name, shape in zip(rule.hf, hf_shapes(rule, hf_config), strict=True)}

@@ -1,6 +1,6 @@
 """What two ranks do in test_background: one's write never ends, the other's waits for it in a collective.
 
-    python -m tests.checkpoint.hung_ranks
+python -m tests.checkpoint.hung_ranks
 """
 
 import os

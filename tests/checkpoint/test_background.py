@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.distributed.ranks import ROOT
 
 
+@pytest.mark.slow
 def test_process_ends_while_a_write_hangs():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.checkpoint.hung_ranks"]

@@ -113,7 +113,9 @@ def test_missing_shard_is_named_before_its_tensors(model, capfd):
 def test_wrong_arguments(whole, tmp_path, capfd):
     out = tmp_path / "out"
     assert "invalid choice: 'fp32'" in failed(capfd, 2, "hf-to-megatron", whole / "model", out, "--dtype", "fp32")
-    assert "--ranks: must be a whole number above 0, not '0'" in failed(capfd, 2, "hf-to-megatron", whole / "model", out, "--ranks", "0")
+    assert "--ranks: must be a whole number above 0, not '0'" in failed(
+        capfd, 2, "hf-to-megatron", whole / "model", out, "--ranks", "0"
+    )
     assert "is there already" in failed(capfd, 2, "hf-to-megatron", whole / "model", whole / "one")
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "out", "/proc/out"):
