@@ -67,10 +67,9 @@ def _add_check(kinds: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
 
 
 def run_convert(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -106,6 +105,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 
 def _megatron_to_hf(args: argparse.Namespace, team: "Team") -> int:
+    from megatron_riskpo.checkpoint.check import expected_shapes
     from megatron_riskpo.checkpoint.convert import write_hf
     from megatron_riskpo.checkpoint.source import find_checkpoint, model_folder
     from megatron_riskpo.checkpoint.to_hf import MegatronWeights
@@ -115,6 +115,8 @@ def _megatron_to_hf(args: argparse.Namespace, team: "Team") -> int:
     checkpoint = find_checkpoint(Path(args.source), args.step, team)
     model_dir = team.first(lambda: Path(args.model) if args.model else model_folder(checkpoint))
     hf_config = team.first(lambda: load_model_config(model_dir, "--model"))
+    # Only for what is wrong in it.
+    team.first(lambda: expected_shapes(hf_config))
     tokenizer_dir = Path(args.tokenizer) if args.tokenizer else model_dir
     # Before the weights: a missing one is said at once.
     carry_tokenizer = team.each(lambda: _tokenizer_carrier(tokenizer_dir) if team.rank == 0 else None)

@@ -1,6 +1,7 @@
 """Which options of a run may change before it goes on."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def test_what_may_change_exists() -> None:
     options = leaf_types(TrainConfig)
     assert set(FREE_OPTIONS) <= set(options)
     assert set(FREE_SECTIONS) <= {key.partition(".")[0] for key in options}
+
+
+def test_the_documented_options_are_those_that_may_change() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    table = page[page.index("| may change freely |") :].partition("\n\n")[0]
+    words = [word for row in table.splitlines()[2:] for word in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    sections, options, section = set(), set(), ""
+    for word in words:
+        if word.startswith("["):
+            sections.add(word.strip("[]"))
+            continue
+        section, name = word.split(".") if "." in word else (section, word)
+        options.add(f"{section}.{name}")
+    assert (sections, options) == (set(FREE_SECTIONS), set(FREE_OPTIONS))
 
 
 PATH = Path("runs/x/checkpoints/step_5")

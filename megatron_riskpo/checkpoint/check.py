@@ -45,7 +45,7 @@ def check_folder(folder: Path) -> list[Finding]:
     Raises UsageError: no model folder, a family that is not known, a damaged file.
     """
     hf_config = load_model_config(folder, "HF_DIR")
-    expected = _expected_shapes(hf_config)
+    expected = expected_shapes(hf_config)
     reader = HfReader(folder)
     tied = shape_of(hf_config).tied_embeddings
     # Some writers store the tied head again.
@@ -94,7 +94,7 @@ def report(findings: list[Finding]) -> str:
 
 def _weights(team: Team, source: Path, folder: Path) -> Mapping[str, Callable[[], Rows]]:
     """By Hugging Face name, what finds the tensor in its files."""
-    if team.first(lambda: any(source.glob("*.safetensors"))):
+    if team.first(lambda: _has_safetensors(source)):
         reader = team.each(lambda: HfReader(source))
         return {name: partial(_rows, reader, name) for name in sorted(reader.names)}
     checkpoint = find_checkpoint(source, None, team)
@@ -106,16 +106,27 @@ def _weights(team: Team, source: Path, folder: Path) -> Mapping[str, Callable[[]
     }
 
 
+def _has_safetensors(source: Path) -> bool:
+    if not source.is_dir():
+        raise UsageError(f"OTHER = {source}: no such folder; give a Hugging Face folder, a run's, or one "
+                         "checkpoints/step_N of it")  # fmt: skip
+    return any(source.glob("*.safetensors"))
+
+
 def _rows(reader: HfReader, name: str) -> Rows:
     return Rows(name, reader.stored(name).runs())
 
 
-def _expected_shapes(hf_config: dict[str, Any]) -> dict[str, Shape]:
+def expected_shapes(hf_config: dict[str, Any]) -> dict[str, Shape]:
+    """Of every Hugging Face tensor, by name. Raises UsageError for an unknown family, and for sizes that are missing or
+    no numbers."""
     try:
         rules = family_of(hf_config).rules(shape_of(hf_config))
         return {name: shape for rule in rules for name, shape in zip(rule.hf, hf_shapes(rule, hf_config), strict=True)}
     except KeyError as error:
         raise UsageError(f"config.json has no {error}, which the sizes follow from; restore the file") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"config.json has a size that is no number above 0 ({error}); restore the file") from error
 
 
 def _missing(expected: Iterable[str], names: set[str], known: set[str]) -> Iterator[Finding]:

@@ -16,9 +16,10 @@ from megatron_riskpo.checkpoint.manifest import (
     Found,
     damages,
     list_files,
+    remove_checkpoint,
     survey,
 )
-from megatron_riskpo.checkpoint.retention import Retention, best_step, outdated, remove_checkpoint
+from megatron_riskpo.checkpoint.retention import Retention, best_step, outdated
 from megatron_riskpo.errors import RunError, UsageError
 
 HEADER = ("step", "size", "layout", "state", "saved", "options", "")
@@ -35,13 +36,16 @@ def list_checkpoints(run_dir: Path) -> int:
     best = best_step(metrics, retention.keep_best) if retention is not None else None
     rows = [HEADER]
     for one in found:
+        # A run deletes old ones meanwhile.
+        if not one.path.exists():
+            continue
         marks = {"latest": one.path == latest, "best": one.step == best, one.damage: bool(one.damage)}
         rows.append((*_described(one), "; ".join(mark for mark, holds in marks.items() if holds)))
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for path in sorted(_folder(run_dir).glob(f"step_*{PARTIAL_SUFFIX}")):
-        print(f"{path.name}: being written, or left over by a writer that was killed (the next save removes it)")
+        print(f"{path.name}: being written or deleted, or left over by a kill (the next save removes it)")
     return 0
 
 
@@ -55,14 +59,18 @@ def verify_checkpoints(run_dir: Path, step: int | None) -> int:
     if not chosen:
         steps = ", ".join(str(one.step) for one in found)
         raise UsageError(f"{run_dir} has no checkpoint of step {step}; it has steps {steps}")
-    num_damaged = 0
+    num_damaged = num_gone = 0
     for one in chosen:
         reasons = damages(one.path)
-        num_damaged += bool(reasons)
+        if reasons and not one.path.exists():
+            num_gone, reasons = num_gone + 1, ["deleted meanwhile, by its run or by prune"]
+        else:
+            num_damaged += bool(reasons)
         # Flushed: the next one may take minutes.
         for reason in reasons or ["whole"]:
             print(f"{one.path.name}: {reason}", flush=True)
-    print(f"{num_damaged} of {len(chosen)} damaged" if num_damaged else f"all {len(chosen)} whole, checksums read")
+    num_left = len(chosen) - num_gone
+    print(f"{num_damaged} of {num_left} damaged" if num_damaged else f"all {num_left} whole, checksums read")
     return 1 if num_damaged else 0
 
 

@@ -13,7 +13,7 @@ import torch
 from megatron_riskpo.checkpoint.copy import Copy, run_copies
 from megatron_riskpo.checkpoint.from_hf import megatron_slices
 from megatron_riskpo.checkpoint.hf_folder import HfReader, write_config
-from megatron_riskpo.checkpoint.manifest import list_files, partial_of, sync_to_disk
+from megatron_riskpo.checkpoint.manifest import partial_of, sync_folder, sync_to_disk
 from megatron_riskpo.checkpoint.safetensors_writer import Shard, ShardWriter, name_shards
 from megatron_riskpo.checkpoint.team import Team
 from megatron_riskpo.checkpoint.to_hf import MegatronWeights
@@ -123,9 +123,7 @@ def _on_shared_disk(building: Path, write: Callable[[Path], T]) -> T:
 
 def _publish(building: Path, target: Path, finish: Callable[[], None]) -> None:
     finish()
-    for name in list_files(building):
-        sync_to_disk(building / name)
-    sync_to_disk(building)
+    sync_folder(building)
     building.rename(target)
     sync_to_disk(target.absolute().parent)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_riskpo.checkpoint.manifest import partial_of
+from megatron_riskpo.checkpoint.manifest import partial_of, sync_folder, sync_to_disk
 from megatron_riskpo.checkpoint.rows import Block, StoredTensor
 from megatron_riskpo.checkpoint.safetensors_writer import DTYPE_OF_CODE, INDEX, ShardWriter, name_shards
 from megatron_riskpo.checkpoint.weight_map.base import pad_vocab
@@ -88,6 +88,8 @@ def _open(file: Path) -> Any:
         return safe_open(str(file), framework="pt")
     except SafetensorError as error:
         raise UsageError(f"{file} is damaged, or no safetensors file ({error}); copy or download it again") from error
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error}); copy or download it again") from error
 
 
 def _read_table(file: Path) -> tuple[int, dict[str, Any]]:
@@ -131,7 +133,9 @@ def save_hf(
         raise
     if target.exists():
         shutil.rmtree(target)
+    sync_folder(building)
     building.rename(target)
+    sync_to_disk(target.absolute().parent)
 
 
 def _write(folder: Path, weights: Iterable[tuple[str, Tensor]], hf_config: dict[str, Any]) -> None:

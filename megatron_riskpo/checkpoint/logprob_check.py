@@ -59,6 +59,8 @@ def read_prompts(file: Path) -> list[str]:
         prompts = [json.loads(line)["prompt"] for line in lines] if file.suffix == ".jsonl" else lines
     except OSError as error:
         raise UsageError(f"--prompts {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {file}: is no UTF-8 text ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f'--prompts {file}: not one {{"prompt": TEXT}} a line ({type(error).__name__}: {error})'

@@ -5,6 +5,7 @@ size and checksum; then the folder is renamed, and the file `latest` names it. S
 a file that is not as listed, is damaged, whatever ended its writer.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -75,6 +76,12 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush all that is in a folder to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        sync_to_disk(path)
 
 
 def write_text_durably(path: Path, text: str) -> None:
@@ -241,9 +248,27 @@ def log_damage(path: Path, reason: str) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left behind."""
+    """Remove what writers and deletions that were killed left behind."""
     for path in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
-        shutil.rmtree(path)
+        _remove_tree(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint's folder, which is whole until it is gone. A run and `riskpo checkpoint prune` may both be at
+    it."""
+    removed = path.with_name(f"{path.name}.removed{PARTIAL_SUFFIX}")
+    _remove_tree(removed)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(removed)
+    _remove_tree(removed)
+
+
+def _remove_tree(path: Path) -> None:
+    def unless_gone(_function: Any, _path: str, caught: tuple[type, BaseException, Any]) -> None:
+        if not isinstance(caught[1], FileNotFoundError):
+            raise caught[1]
+
+    shutil.rmtree(path, onerror=unless_gone)
 
 
 def publish(partial: Path) -> Path:

@@ -4,13 +4,11 @@ The metric of each stands in its manifest, so that a resumed run, and `riskpo ch
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_riskpo.checkpoint.manifest import Found, log_damage, survey
+from megatron_riskpo.checkpoint.manifest import Found, log_damage, remove_checkpoint, survey
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,3 @@ def remove_old(folder: Path, step: int, retention: Retention) -> None:
             log_damage(one.path, one.damage)
     for path in outdated(found, retention):
         remove_checkpoint(path)
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint's folder, or what is left of it: a run and `riskpo checkpoint prune` may both be at it."""
-
-    def unless_gone(_function: Any, _path: str, caught: tuple[type, BaseException, Any]) -> None:
-        if not isinstance(caught[1], FileNotFoundError):
-            raise caught[1]
-
-    shutil.rmtree(path, onerror=unless_gone)

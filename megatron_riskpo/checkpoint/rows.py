@@ -117,6 +117,8 @@ class RowReader:
 
         Raises RunError for a file that ends early, OSError for one that is not read.
         """
+        if not rows.num_bytes:
+            return
         row_bytes = rows.runs[0].tensor.row_bytes
         capacity = max(1, BLOCK_BYTES // row_bytes)
         self._buffer = _at_least(self._buffer, min(capacity * row_bytes, rows.num_bytes))

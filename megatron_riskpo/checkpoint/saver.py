@@ -1,8 +1,6 @@
 """When a run's checkpoints are written: at once, or by a thread of their own while the next steps go on."""
 
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_riskpo.actor.actor import Actor
+from megatron_riskpo.checkpoint.background import FAILED, RUNNING, BackgroundWrite
 from megatron_riskpo.checkpoint.retention import Retention
 from megatron_riskpo.checkpoint.snapshot import take_snapshot
 from megatron_riskpo.checkpoint.training_state import save_checkpoint
 from megatron_riskpo.checkpoint.writing import write_checkpoint
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.errors import RunError
-
-_DONE, _RUNNING, _FAILED = range(3)
 
 
 class CheckpointSaver:
@@ -39,7 +36,7 @@ class CheckpointSaver:
         self._group: Any = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if asynchronous else None
         )
-        self._write: _BackgroundWrite | None = None
+        self._write: BackgroundWrite | None = None
 
     def save(self, step: int, actor: Actor, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """Save, or begin to, once the save before has ended. Raises RunError where either failed (see
@@ -51,7 +48,7 @@ class CheckpointSaver:
         with actor.optimizer_state():
             snapshot = take_snapshot(step, actor, state, self._config, metrics, detached=True)
         folder, retention, group = self._folder, self._retention, self._group
-        self._write = _BackgroundWrite(
+        self._write = BackgroundWrite(
             lambda: write_checkpoint(folder, snapshot, retention, group),
             f"checkpoint step_{step} in {folder}",
             self._timeout_s,
@@ -64,10 +61,11 @@ class CheckpointSaver:
         status, complaint = self._write.status()
         flag = torch.tensor([status], dtype=torch.int32, device=self._grid.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._grid.world)
-        if flag.item() == _RUNNING:
+        if flag.item() == RUNNING:
             return
-        self._write = None
-        if flag.item() == _FAILED:
+        write, self._write = self._write, None
+        if flag.item() == FAILED:
+            write.leave_behind()
             complaints: list[str] = [""] * self._grid.world.size()
             dist.all_gather_object(complaints, complaint, group=self._grid.world)
             raise RunError(next(complaint for complaint in complaints if complaint))
@@ -82,49 +80,4 @@ class CheckpointSaver:
         """Let a write end that another error has overtaken: it needs this process, not the training loop."""
         if self._write is not None:
             self._write.join()
-
-
-class _BackgroundWrite:
-    """One rank's write, in a thread that does not keep the process alive."""
-
-    def __init__(self, work: Callable[[], object], what: str, timeout_s: float) -> None:
-        self._what, self._timeout_s = what, timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        self._complaint = ""
-        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def status(self) -> tuple[int, str]:
-        """_DONE, _RUNNING or _FAILED, and what to say of a failure."""
-        is_running = self._thread.is_alive()
-        if is_running and time.monotonic() >= self._deadline:
-            return _FAILED, self._too_slow()
-        if is_running:
-            return _RUNNING, ""
-        return (_FAILED, self._complaint) if self._complaint else (_DONE, "")
-
-    def join(self) -> None:
-        """Until it has ended, or its time is up."""
-        self._thread.join(max(0.0, self._deadline - time.monotonic()))
-
-    def _run(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except RunError as error:
-            self._complaint = str(error)
-        # Whatever it is, it has to reach the training loop: nobody else sees this thread end.
-        except BaseException as error:
-            is_late = time.monotonic() >= self._deadline
-            self._complaint = self._too_slow() if is_late else self._unforeseen(error)
-
-    def _unforeseen(self, error: BaseException) -> str:
-        return (
-            f"{self._what} could not be written: {type(error).__name__}: {' '.join(str(error).split())}; earlier "
-            "checkpoints are intact; checkpoint.asynchronous = false with --debug shows where"
-        )
-
-    def _too_slow(self) -> str:
-        return (
-            f"{self._what} was not written within run.timeout_s = {self._timeout_s:g} s; earlier checkpoints are "
-            "intact; raise run.timeout_s, or set run.dir to a faster disk"
-        )
+            self._write.leave_behind()

@@ -93,11 +93,11 @@ def failures(folder: Path) -> dict[str, Any]:
             results[name] = error_of(saver.wait), latest_complete(checkpoints)
         saver.check()
         dist.barrier()
-    results["hung"] = hung_write(checkpoints, actor, is_second), latest_complete(checkpoints)
+    results["hung"] = hung_write(checkpoints, actor, is_second)
     return results
 
 
-def hung_write(checkpoints: Path, actor: Actor, is_second: bool) -> tuple[str, str]:
+def hung_write(checkpoints: Path, actor: Actor, is_second: bool) -> tuple[tuple[str, str], Path | None]:
     """The other rank waits for the hung one in its thread; both are told at the same step."""
     saver, release, write = (
         make_saver(checkpoints, actor, timeout_s=5.0),
@@ -113,10 +113,14 @@ def hung_write(checkpoints: Path, actor: Actor, is_second: bool) -> tuple[str, s
         saver.save(2, actor, STATE, {})
         # Not yet too slow.
         saver.check()
-        error = error_of(saver.wait)
+        result = error_of(saver.wait), latest_complete(checkpoints)
+        dist.barrier()
         release.set()
-    dist.barrier()
-    return error
+        # A process that ends before would end with exit code 1.
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
+    return result
 
 
 def cut(path: Path) -> None:

@@ -34,6 +34,11 @@ def rewrite(model, change):
     save_file(tensors, model / "model.safetensors")
 
 
+def resize(model, **sizes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | sizes))
+
+
 def differences(capfd, *arguments):
     """The table's rows, by tensor."""
     assert main(["convert", "check", *map(str, arguments)]) == 1
@@ -139,6 +144,9 @@ def test_tied_head_that_is_stored_must_be_the_embedding(model, capfd):
         (lambda model: (model / "model.safetensors").write_bytes(b"short"), "model.safetensors is damaged"),
         (lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'), "known: qwen2"),
         (lambda model: (model / "config.json").write_text('{"model_type": "qwen2"}'), "has no 'num_attention_heads'"),
+        (lambda model: resize(model, num_hidden_layers="two"), "config.json has a size that is no number above 0"),
+        (lambda model: resize(model, hidden_size=None, head_dim=None), "a size that is no number above 0"),
+        (lambda model: (model / "more.safetensors").symlink_to("nowhere"), "more.safetensors cannot be read"),
     ],
 )
 def test_wrong_input_is_one_line(model, capfd, damage, message):
@@ -152,4 +160,10 @@ def test_wrong_input_is_one_line(model, capfd, damage, message):
 
 def test_other_side_that_is_nothing(whole, tmp_path, capfd):
     assert main(["convert", "check", str(whole), str(tmp_path / "none")]) == 2
-    assert "no such folder" in capfd.readouterr().err
+    assert "OTHER = " in (err := capfd.readouterr().err)
+    assert "no such folder; give a Hugging Face folder, a run's" in err
+
+
+def test_tensors_without_elements_are_compared(model, capfd):
+    rewrite(model, lambda t: t.update(rows=torch.zeros(3, 0), columns=torch.zeros(0, 3)))
+    assert differences(capfd, model, model).keys() == {"rows", "columns"}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_riskpo.checkpoint.manifest import MANIFEST, step_folders
+from megatron_riskpo.checkpoint import commands
+from megatron_riskpo.checkpoint.manifest import MANIFEST, remove_checkpoint, step_folders
 from megatron_riskpo.cli import main
 from tests.checkpoint.folders import flip_byte, truncate, write_checkpoint
 
@@ -53,7 +54,7 @@ def test_ls_is_a_table_without_reading_checksums(run, capfd):
     ]
     assert lines[1].endswith("megatron/shard_0 has 10239 bytes, the manifest says 10240")
     assert [row[8:] for row in cells[1:]] == [["01234567", *marks] for marks in (["best"], [], ["latest"])]
-    assert lines[5].startswith("step_25.partial: being written")
+    assert lines[5].startswith("step_25.partial: being written or deleted")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"config": {"checkpoint": 3}}'])
@@ -86,6 +87,21 @@ def test_verify_names_every_damaged_file(run, capfd):
     ]
     assert checkpoint(capfd, "verify", run, "--step", 15)[0] == 0
     assert checkpoint(capfd, "verify", run, "--step", 10)[0] == 1
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_damaged(run, capfd, monkeypatch):
+    original = commands.damages
+
+    def after_deletion(folder):
+        if folder.name == "step_10":
+            remove_checkpoint(folder)
+        return original(folder)
+
+    monkeypatch.setattr(commands, "damages", after_deletion)
+    code, lines, _ = checkpoint(capfd, "verify", run)
+    assert code == 0
+    assert lines[1] == "step_10: deleted meanwhile, by its run or by prune"
+    assert lines[-1] == "all 3 whole, checksums read"
 
 
 def test_prune_deletes_the_oldest_and_says_what_it_frees(run, capfd):

@@ -113,12 +113,17 @@ def test_missing_shard_is_named_before_its_tensors(model, capfd):
 def test_wrong_arguments(whole, tmp_path, capfd):
     out = tmp_path / "out"
     assert "invalid choice: 'fp32'" in failed(capfd, 2, "hf-to-megatron", whole / "model", out, "--dtype", "fp32")
-    assert "--ranks: invalid" in failed(capfd, 2, "hf-to-megatron", whole / "model", out, "--ranks", "0")
+    assert "--ranks: must be a whole number above 0, not '0'" in failed(
+        capfd, 2, "hf-to-megatron", whole / "model", out, "--ranks", "0"
+    )
     assert "is there already" in failed(capfd, 2, "hf-to-megatron", whole / "model", whole / "one")
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "out", "/proc/out"):
         assert "cannot be made" in failed(capfd, 2, "hf-to-megatron", whole / "model", place)
     assert "neither a run nor a checkpoint" in failed(capfd, 2, "megatron-to-hf", whole / "one", out)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    err = failed(capfd, 2, "megatron-to-hf", whole / "megatron", out, "--model", tmp_path)
+    assert "config.json has no 'num_attention_heads'" in err
 
 
 def test_truncated_checkpoint(whole, tmp_path, capfd):
@@ -192,6 +197,8 @@ def test_prompts(whole, tmp_path, capfd):
     assert "No such file" in failed(capfd, 2, *check()[1:])
     prompts.write_text("\n")
     assert "holds no prompt" in failed(capfd, 2, *check()[1:])
+    prompts.write_bytes("1 + 2 = drei, für alle".encode("latin-1"))
+    assert "is no UTF-8 text" in failed(capfd, 2, *check()[1:])
     other = tmp_path / "prompts.jsonl"
     other.write_text('{"text": "1 + 2"}\n')
     assert "KeyError: 'prompt'" in failed(capfd, 2, "check", whole / "model", "--prompts", other)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -13,6 +14,7 @@ from megatron_riskpo.checkpoint.manifest import (
     damages,
     latest_complete,
     read_manifest,
+    remove_checkpoint,
     step_folders,
 )
 from tests.checkpoint.folders import flip_byte, truncate, write_checkpoint
@@ -74,6 +76,18 @@ def test_every_share_is_checked_once(folder):
 def test_no_checkpoint(tmp_path):
     assert latest_complete(tmp_path) is None
     assert latest_complete(tmp_path / "absent") is None
+
+
+def test_a_deletion_that_is_killed_leaves_nothing_that_looks_like_a_checkpoint(folder, monkeypatch):
+    write_checkpoint(folder, 20)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    remove_checkpoint(folder / "step_20")
+    monkeypatch.undo()
+    assert folder / "step_20" not in step_folders(folder)
+    # The same step again, and deleted again.
+    write_checkpoint(folder, 20)
+    remove_checkpoint(folder / "step_20")
+    assert not list(folder.glob("step_20*"))
 
 
 def test_leftovers_are_not_used_and_go(folder):
