@@ -54,7 +54,7 @@ def test_the_transfers_of_a_rank(config, capsys):
         (["--gpus-per-node", "0"], "--gpus-per-node 0: give 1 or more"),
         (["--json"], "without --json"),
         (["--dry-run"], "without --dry-run"),
-        (["--rollout.placement", "server"], '--bridge plans for vLLM in the training processes'),
+        (["--rollout.placement", "server"], "--bridge plans for vLLM in the training processes"),
         (["--bridge.verify", "true"], "expected one of none, probe, checksum, golden"),
     ],
 )
