@@ -52,6 +52,27 @@ def staleness_correction(setup: Setup) -> str | None:
     return None
 
 
+def start_timeout(setup: Setup) -> str | None:
+    """The ranks wait for rank 0, which waits for the servers, in a collective."""
+    run, server, rollout = setup.config.run, setup.config.server, setup.config.rollout
+    if rollout.placement == "server" and not rollout.server_urls and server.start_timeout_s >= run.timeout_s:
+        return (
+            f"server.start_timeout_s = {server.start_timeout_s:g} is not below run.timeout_s = {run.timeout_s:g}, for "
+            "which the ranks wait for each other; lower it, or raise run.timeout_s"
+        )
+    return None
+
+
+def verification(setup: Setup) -> str | None:
+    verify, rollout = setup.config.bridge.verify, setup.config.rollout
+    if verify in ("checksum", "golden") and rollout.placement == "server":
+        return (
+            f'bridge.verify = "{verify}" compares what vLLM in the training processes holds; with rollout.placement = '
+            '"server" set it to "probe" or "none" (buckets for servers always have a checksum)'
+        )
+    return None
+
+
 def sleep(setup: Setup) -> str | None:
     rollout = setup.config.rollout
     if not rollout.sleep:
@@ -73,4 +94,13 @@ def sleep_device(setup: Setup) -> str | None:
     return None if torch.cuda.is_available() else "rollout.sleep needs a GPU, vLLM on the CPU cannot; set it to false"
 
 
-SERVER_RULES: tuple[Rule, ...] = (placement, server_urls, transfer_dir, staleness_correction, sleep, sleep_device)
+SERVER_RULES: tuple[Rule, ...] = (
+    placement,
+    server_urls,
+    transfer_dir,
+    staleness_correction,
+    start_timeout,
+    verification,
+    sleep,
+    sleep_device,
+)

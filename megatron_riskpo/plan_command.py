@@ -35,8 +35,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     """The exit code: 0 it fits, 1 it does not."""
     args, overrides = _with_late_flags(args)
     config, hf_config, world_size = _checked(args, overrides)
-    if args.rank is not None and not 0 <= args.rank < world_size:
-        raise UsageError(f"--rank {args.rank}: there are {world_size} ranks; give 0 to {world_size - 1}")
+    _check_flags(args, world_size)
     if args.bridge:
         from megatron_riskpo.resharding.plan_text import bridge_text, colocated_layout
 
@@ -58,6 +57,18 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     plan = make_plan(config, hf_config, world_size, gpu, args.mean_response)
     print(json.dumps(plan_json(plan), indent=1) if args.json else plan_text(plan))
     return 1 if plan.complaints else 0
+
+
+def _check_flags(args: argparse.Namespace, world_size: int) -> None:
+    if args.rank is not None and not 0 <= args.rank < world_size:
+        raise UsageError(f"--rank {args.rank}: there are {world_size} ranks; give 0 to {world_size - 1}")
+    if args.rank is not None and not (args.bridge or args.dry_run):
+        raise UsageError(f"--rank {args.rank} is for --bridge and --dry-run; give one of them, or leave it out")
+    if args.gpus_per_node < 1:
+        raise UsageError(f"--gpus-per-node {args.gpus_per_node}: give 1 or more")
+    clashing = [flag for flag in ("search", "dry_run", "json") if args.bridge and getattr(args, flag)]
+    if clashing:
+        raise UsageError(f"--bridge prints a text of its own, without --{clashing[0].replace('_', '-')}; leave one out")
 
 
 def _dry_run(args: argparse.Namespace, config: "TrainConfig", hf_config: dict[str, Any], world_size: int) -> int:

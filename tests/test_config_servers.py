@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_riskpo.algorithms.config import MismatchConfig
-from megatron_riskpo.config import ActorConfig, RolloutConfig, ServerConfig, TrainConfig
+from megatron_riskpo.config import ActorConfig, BridgeConfig, RolloutConfig, ServerConfig, TrainConfig
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_checks import TRAIN_RULES, engine_split, problems
 from megatron_riskpo.config_rules import Setup
@@ -36,6 +36,11 @@ def on_servers(**rollout: Any) -> TrainConfig:
         (on_servers(server_urls=("http://a:1", "http://a:1")), "names a server twice"),
         (dataclasses.replace(on_servers(), server=ServerConfig(transfer_dir="/no/where")), "/no/where is no folder"),
         (on_servers(sleep=True), "rollout.sleep is for vLLM in the training processes"),
+        (
+            dataclasses.replace(on_servers(), server=ServerConfig(start_timeout_s=900)),
+            "server.start_timeout_s = 900 is not below run.timeout_s = 600, .* raise run.timeout_s",
+        ),
+        (dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="golden")), '"golden" .* to "probe" or "none"'),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(config, message):
@@ -50,6 +55,9 @@ def test_what_cannot_work_is_refused_in_one_line(config, message):
         on_servers(),
         on_servers(server_urls=("http://a:1", "https://[::1]:2/")),
         dataclasses.replace(on_servers(max_staleness=1), **TIS),
+        dataclasses.replace(on_servers(server_urls=("http://a:1",)), server=ServerConfig(start_timeout_s=900)),
+        dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="probe")),
+        TrainConfig(bridge=BridgeConfig(verify="golden")),
         dataclasses.replace(on_servers(max_staleness=3), actor=ActorConfig(old_logprobs="rollout")),
     ],
 )

@@ -1,6 +1,7 @@
 """What `riskpo serve` refuses before anything heavy is loaded. Servers that start: rollout/test_server_engine.py."""
 
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def test_a_port_that_is_taken_is_told_at_once():
             _listen("127.0.0.1", port)
     with pytest.raises(UsageError, match=r"--host no\.such\.host --port 0"):
         _listen("no.such.host", 0)
+    with pytest.raises(UsageError, match=r"--port 99999: .*0-65535"):
+        _listen("127.0.0.1", 99999)
+
+
+def test_an_endpoint_file_that_cannot_be_written_is_told_before_the_model_is_loaded(model, tmp_path, capsys):
+    assert main(["serve", "--endpoint", str(tmp_path / "config.json" / "server.json"), str(model)]) == 2
+    assert re.search(r"--endpoint .*server.json cannot be written: .*; choose another file", capsys.readouterr().err)
 
 
 def test_the_address_can_be_used_by_others():

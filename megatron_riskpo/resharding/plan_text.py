@@ -28,8 +28,12 @@ def colocated_layout(
 ) -> BridgeLayout:
     """What a run with engines in the training processes asks of the bridge. Raises UsageError."""
     tp = config.rollout.tp
-    if world_size % tp:
-        raise UsageError(f"rollout.tp = {tp} does not divide the {world_size} ranks; choose a divisor")
+    if config.rollout.engine != "vllm" or config.rollout.placement != "colocated":
+        raise UsageError(
+            f'--bridge plans for vLLM in the training processes, not for rollout.engine = "{config.rollout.engine}" '
+            f'with rollout.placement = "{config.rollout.placement}": there nothing moves between the ranks by plan; '
+            'set them to "vllm" and "colocated"'
+        )
     return BridgeLayout(
         Model.of(hf_config),
         ActorLayout.of(config.actor, world_size),

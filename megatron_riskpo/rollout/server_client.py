@@ -41,7 +41,7 @@ class ServerClient:
         """Whether it answers its health check in time."""
         try:
             await self._call("GET", "/health", None, timeout_s)
-        except ServerError:
+        except (ServerError, RunError):
             return False
         return True
 
@@ -100,7 +100,7 @@ class ServerClient:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                text = await response.text()
+                text = await response.text(errors="replace")
                 status = response.status
         except TimeoutError as error:
             raise ServerError(f"{self.url} did not answer {path} within {timeout_s:g} s") from error

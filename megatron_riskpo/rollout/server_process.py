@@ -122,8 +122,7 @@ class ServerProcess:
         command += ["--endpoint", str(self.endpoint), self.config.model.path]
         for option in _SHARED_OPTIONS:
             section, _, name = option.partition(".")
-            value = getattr(getattr(self.config, section), name)
-            command += [f"--{option}", str(value).lower() if isinstance(value, bool) else str(value)]
+            command += [f"--{option}", str(getattr(getattr(self.config, section), name))]
         return command
 
     def _last_line(self) -> str:

@@ -67,7 +67,7 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._bucket_bytes = int(bucket_mib * 2**20)
         self._weight_version = -1
-        self._may_sleep, self._is_asleep = config.sleep, False
+        self._may_sleep, self._is_asleep, self._is_lost = config.sleep, False, False
         self._unusable = "" if load_checkpoint else "has no weights yet; call update_weights first"
         self._shapes = checkpoint_shapes(model_dir)
         prepare_environment(world_group.rank())
@@ -167,8 +167,9 @@ class VllmEngine:
     @contextlib.contextmanager
     def _updating(self, version: int) -> Iterator[None]:
         """Around a push: the engine is unusable until all of it has gone well on all ranks."""
-        if self._unusable and self._weight_version != -1 and not self._is_asleep:
+        if self._is_lost:
             self._check_usable()
+        self._is_lost = True
         self._unusable = f"is half-updated (push of version {version} did not end); restart from the last checkpoint"
         try:
             self._wake("weights")
@@ -182,7 +183,7 @@ class VllmEngine:
         self._is_asleep = False
         self._check_versions(version)
         self._weight_version = version
-        self._unusable = ""
+        self._is_lost, self._unusable = False, ""
 
     def _check_versions(self, version: int) -> None:
         """RunError on every rank when any worker holds another version."""
@@ -194,7 +195,7 @@ class VllmEngine:
 
     def release(self) -> None:
         """With rollout.sleep, give the memory of weights and KV cache back, until the next `update_weights`."""
-        if self._may_sleep and not self._is_asleep:
+        if self._may_sleep and not self._is_asleep and not self._is_lost:
             # Level 2: the weights are not kept, new ones come before they are needed.
             self._llm.sleep(level=2)
             self._is_asleep = True
@@ -211,7 +212,7 @@ class VllmEngine:
             return
         _shut_down(self._llm)
         self._llm = None
-        self._unusable = "is closed"
+        self._is_lost, self._unusable = True, "is closed"
         gc.collect()
 
     def _check_usable(self) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ def serve(config: TrainConfig, options: ServeOptions) -> int:
     """Serve config.model.path until a signal comes; exit code 0. Raises UsageError where vLLM does not start on the
     model, RunError where the engine dies."""
     prepare_server_environment()
+    _check_endpoint(options.endpoint)
     # The port is taken before the model is loaded, so that a clash is told at once.
     listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
@@ -58,6 +60,20 @@ def serve(config: TrainConfig, options: ServeOptions) -> int:
     return 0
 
 
+def _check_endpoint(endpoint: Path | None) -> None:
+    """Found out now, and not once the model is loaded."""
+    if endpoint is None:
+        return
+    try:
+        endpoint.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=endpoint.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--endpoint {endpoint} cannot be written: {error.strerror or error}; choose another file"
+        ) from error
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -65,9 +81,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UsageError(
-            f"--host {host} --port {port}: {error.strerror or error}; choose others (--port 0: any)"
+            f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}; choose others (--port 0: any)"
         ) from error
     return listener
 
@@ -164,7 +180,6 @@ async def _announce(url: str, endpoint: Path | None) -> None:
         while not await _is_healthy(session, url):
             await asyncio.sleep(_HEALTH_POLL_S)
     if endpoint is not None:
-        endpoint.parent.mkdir(parents=True, exist_ok=True)
         part = endpoint.with_name(endpoint.name + ".part")
         part.write_text(
             json.dumps({"url": url, "pid": os.getpid(), "host": socket.gethostname()}) + "\n", encoding="utf-8"

@@ -51,8 +51,13 @@ def test_the_transfers_of_a_rank(config, capsys):
         (["--rank", "9"], "--rank 9: there are 4 ranks; give 0 to 3"),
         (["--gpus", "6"], "6 ranks"),
         (["--gpus", "4", "--rollout.tp", "3"], "rollout.tp = 3"),
+        (["--gpus-per-node", "0"], "--gpus-per-node 0: give 1 or more"),
+        (["--json"], "without --json"),
+        (["--dry-run"], "without --dry-run"),
+        (["--rollout.placement", "server"], "--bridge plans for vLLM in the training processes"),
+        (["--bridge.verify", "true"], "expected one of none, probe, checksum, golden"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(config, capsys, arguments, message):
-    assert main(["plan", "--bridge", *arguments, str(config)]) == 2
+    assert main(["plan", "--bridge", str(config), *arguments]) == 2
     assert message in capsys.readouterr().err

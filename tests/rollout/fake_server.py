@@ -35,6 +35,9 @@ class FakeServer:
     """End the next response after so many tokens, as a pause does; 0: none."""
     garbled: bool = False
     """Answer generate calls with something else."""
+    binary: bool = False
+    """Answer generate calls with bytes that are no text."""
+    health_status: int = 200
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Bodies of the generate calls."""
     calls: list[str] = field(default_factory=list)
@@ -50,7 +53,7 @@ class FakeServer:
         if request.path in self.failing_calls:
             return web.json_response({"error": {"message": "made to fail"}}, status=500)
         if request.path == "/health":
-            return web.Response()
+            return web.Response(status=self.health_status)
         if request.path == "/inference/v1/generate":
             return await self._generate(await request.json())
         self.calls.append(request.path)
@@ -69,6 +72,8 @@ class FakeServer:
         if self.fail_next:
             self.fail_next -= 1
             return web.json_response({"error": {"message": "made to fail"}}, status=500)
+        if self.binary:
+            return web.Response(body=b"\xff\xfe", content_type="application/json")
         if self.garbled:
             return web.json_response({"choices": [{"token_ids": [1, 2]}]})
         if max(body["token_ids"]) >= VOCAB_SIZE:

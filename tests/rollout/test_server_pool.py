@@ -85,6 +85,9 @@ def test_requests_that_fail_are_sent_again_with_the_same_seed():
         ({"version": "7"}, "sampled with weights of version 7, not 0", 2.0),
         ({"version": "default"}, "sampled with weights of version -1, not 0", 2.0),
         ({"garbled": True}, "gave an answer without 'logprobs'", 5.0),
+        ({"binary": True}, "gave an answer without 'choices'", 5.0),
+        # Another program has its port now.
+        ({"health_status": 404}, "did not answer its health check within 1 s, or is dead", 4.0),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

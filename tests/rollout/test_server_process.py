@@ -53,7 +53,7 @@ def test_the_server_has_what_decides_its_samples(tmp_path):
     options = dict(itertools.pairwise(command))
     assert options["--model.dtype"] == "bfloat16"
     assert options["--rollout.max_response_tokens"] == "40"
-    assert options["--bridge.verify"] == "false"
+    assert options["--bridge.verify"] == "none"
     assert "--without-weights" in command
 
 

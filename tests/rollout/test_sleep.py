@@ -20,7 +20,7 @@ def engine(calls: list[str], monkeypatch: pytest.MonkeyPatch, *, may_sleep: bool
     one._llm = SimpleNamespace(
         sleep=lambda level: calls.append(f"sleep {level}"), wake_up=lambda tags: calls.append(f"wake {tags}")
     )
-    one._may_sleep, one._is_asleep, one._unusable, one._weight_version = may_sleep, False, "", -1
+    one._may_sleep, one._is_asleep, one._is_lost, one._unusable, one._weight_version = may_sleep, False, False, "", -1
     one._shapes, one._bucket_bytes = {}, 1
     return one
 
@@ -62,5 +62,10 @@ def test_a_push_that_fails_on_waking_leaves_it_unusable(monkeypatch):
     one._llm.wake_up = out_of_memory
     with pytest.raises(RunError, match="refused weights of version 1: RuntimeError: out of memory"):
         one.update_weights([], 1)
-    with pytest.raises(RunError, match="half-updated"):
+    one.release()
+    calls.clear()
+    with pytest.raises(RunError, match=r"half-updated \(push of version 1"):
         one.generate([[5]], SAMPLING, [0])
+    with pytest.raises(RunError, match=r"half-updated \(push of version 1"):
+        one.update_weights([], 2)
+    assert not calls
