@@ -322,7 +322,7 @@ def test_a_run_goes_on_under_its_own_configuration_or_accepted_changes(folder):
     assert "changed since then: optimizer.weight_decay 0.0 -> 0.5" in output
     assert "start anew: data position, pass rates, quantile tracker" in output
     state = json.loads((folder / "runs" / "own" / "checkpoints" / "step_3" / "state.json").read_text())
-    assert state["trainer"]["stream"] == {"position": 8, "num_questions": 100, "seed": 7}
+    assert state["trainer"]["stream"] == {"position": 8, "num_questions": 100, "seed": 7, "ahead": {}}
     assert state["trainer"]["objective"]["tracker"]["levels"] == [0.2, 0.7]
     # Accepted once, they are the run's options.
     before = record.read_text()
