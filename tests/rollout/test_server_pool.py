@@ -89,7 +89,7 @@ def test_requests_that_fail_are_sent_again_with_the_same_seed():
         # Another program has its port now.
         ({"health_status": 404}, "did not answer its health check within 1 s, or is dead", 4.0),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_a_failing_server_is_given_up_and_the_others_do_its_work(trouble, reason, at_most_s):
     wanted: list[Response] = []
