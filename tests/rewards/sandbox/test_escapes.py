@@ -21,7 +21,8 @@ from tests.sandboxes import needs_sandbox
 
 pytestmark = needs_sandbox
 
-LIMITS = Limits(cpu_s=0.5, memory_bytes=256 << 20, output_bytes=100_000, tmp_bytes=16 << 20)
+# Time enough to fill the memory on a busy machine, or the wrong limit is met first.
+LIMITS = Limits(cpu_s=1.0, memory_bytes=256 << 20, output_bytes=100_000, tmp_bytes=16 << 20)
 VARIABLE, VALUE = "A_SECRET_OF_THE_RUN", "hidden-in-the-environment"
 
 
