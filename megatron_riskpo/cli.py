@@ -24,7 +24,8 @@ from megatron_riskpo.plan_command import add_plan, run_plan
 from megatron_riskpo.serve_command import add_serve, run_serve
 
 if TYPE_CHECKING:
-    from megatron_riskpo.config import SftConfig, TrainConfig
+    from megatron_riskpo.config import TrainConfig
+    from megatron_riskpo.config_sft import SftConfig
 
 _REGISTRY_OPTIONS = ("--algorithm.estimator", "--algorithm.spectrum", "--loss.kind")
 
@@ -178,9 +179,9 @@ def _checked_train(args: argparse.Namespace, env: RankEnv | None) -> tuple["Trai
 
 
 def _checked_sft(args: argparse.Namespace, env: RankEnv | None) -> tuple["SftConfig", int]:
-    from megatron_riskpo.config import SftConfig
     from megatron_riskpo.config_checks import check_sft, model_from_shape
     from megatron_riskpo.config_io import load_config, load_model_config
+    from megatron_riskpo.config_sft import SftConfig
 
     config = load_config(SftConfig, args.config, args.overrides)
     world_size = _world_size(config, env)

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.config import PROBE_LENGTH, DataConfig, ModelShapeConfig, SftConfig, TrainConfig
+from megatron_riskpo.config import PROBE_LENGTH, DataConfig, TrainConfig
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_layout import LAYOUT_RULES, mlp_columns
 from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
 from megatron_riskpo.config_servers import SERVER_RULES, sleep_device, transfer_dir
+from megatron_riskpo.config_sft import ModelShapeConfig, SftConfig
 from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.reference import check_grader_name

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_riskpo import __version__
-from megatron_riskpo.config import LoggingConfig, ModelShapeConfig, SftConfig
+from megatron_riskpo.config import LoggingConfig
 from megatron_riskpo.config_io import load_model_config, resolved, write_run_record
+from megatron_riskpo.config_sft import ModelShapeConfig, SftConfig
 from megatron_riskpo.data.character_tokenizer import qwen2_tokenizer, train_character_model
 from megatron_riskpo.data.prompts import check_template, prompt_text
 from megatron_riskpo.data.questions import Question, load_questions

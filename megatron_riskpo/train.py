@@ -94,16 +94,7 @@ def _build(
 
     observer = Observer(run_dir, config.logging, config.run.steps, start_step, is_writer=grid.rank == 0)
     tokenizer = load_tokenizer(config.model.path)
-    drawn, held_out_questions = load_split(config.data, config.run.seed)
-    further = load_evaluation_sets(config.data)
-    train_questions, overlapping = without_overlap(drawn, [q for questions in further.values() for q in questions])
-    if overlapping:
-        observer.log(f"training: left out {len(overlapping)} of {len(drawn)} questions that an evaluation set has")
-    train_set = _encoded(train_questions, "training", tokenizer, config, observer)
-    held_out = _encoded(held_out_questions, "held out", tokenizer, config, observer)
-    evaluation_sets = {
-        name: _encoded(questions, name, tokenizer, config, observer) for name, questions in further.items()
-    }
+    train_set, held_out, evaluation_sets = _question_sets(config, tokenizer, observer)
     # Before the model: a prompt and a grader that do not go together are found in seconds.
     sets = (train_set, held_out, *evaluation_sets.values())
     graded = [pair for part in sets for pair in zip(part.questions, part.references, strict=True)]
@@ -142,6 +133,20 @@ def _build(
         saver=saver,
         objective=Objective(config.algorithm, len(train_set.prompts)),
         reference=reference,
+    )
+
+
+def _question_sets(config: TrainConfig, tokenizer: Any, observer: Observer) -> tuple[Any, Any, dict[str, Any]]:
+    """Training questions, none of which is in the others; held-out ones; further evaluation sets by name."""
+    drawn, held_out = load_split(config.data, config.run.seed)
+    further = load_evaluation_sets(config.data)
+    train, overlapping = without_overlap(drawn, [q for questions in further.values() for q in questions])
+    if overlapping:
+        observer.log(f"training: left out {len(overlapping)} of {len(drawn)} questions that an evaluation set has")
+    return (
+        _encoded(train, "training", tokenizer, config, observer),
+        _encoded(held_out, "held out", tokenizer, config, observer),
+        {name: _encoded(questions, name, tokenizer, config, observer) for name, questions in further.items()},
     )
 
 

@@ -10,7 +10,7 @@ from typing import get_origin
 
 import pytest
 
-from megatron_riskpo.config import SftConfig, TrainConfig
+from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_bounds import BOUNDS
 from megatron_riskpo.config_checks import (
     SFT_RULES,
@@ -23,6 +23,7 @@ from megatron_riskpo.config_checks import (
 )
 from megatron_riskpo.config_io import git_state, leaf_types, load_config, load_model_config, resolved, write_run_record
 from megatron_riskpo.config_rules import Setup
+from megatron_riskpo.config_sft import SftConfig
 from megatron_riskpo.errors import UsageError
 
 MODEL = {

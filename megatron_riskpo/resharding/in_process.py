@@ -11,8 +11,6 @@ from megatron_riskpo.config import BridgeConfig
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.golden import GoldenCopy
 from megatron_riskpo.resharding.layout_check import Placement, compare, traced_placements
-from megatron_riskpo.resharding.layouts import ActorLayout, RolloutLayout
-from megatron_riskpo.resharding.pieces import Model
 from megatron_riskpo.resharding.placements import expected_numbers, hf_tensors, planned_placements
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, WeightPush
@@ -77,13 +75,9 @@ class InProcessPush:
 def _layout(actor: Actor, tp: int, config: BridgeConfig) -> BridgeLayout:
     num_ranks = actor.grid.world.size()
     dtype = next(iter(named_parameters(actor.chunks)))[1].dtype
-    return BridgeLayout(
-        Model.of(actor.hf_config),
-        ActorLayout.of(actor.config, num_ranks),
-        RolloutLayout(tp, num_ranks // tp),
-        dtype.itemsize,
-        int(config.bucket_mib * 2**20),
-        torch.cuda.device_count() or num_ranks,
+    node_size = torch.cuda.device_count() or num_ranks
+    return BridgeLayout.colocated(
+        actor.hf_config, actor.config, num_ranks, tp, dtype.itemsize, config.bucket_mib, node_size
     )
 
 

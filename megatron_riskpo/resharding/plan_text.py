@@ -7,8 +7,6 @@ import numpy as np
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import UsageError
-from megatron_riskpo.resharding.layouts import ActorLayout, RolloutLayout
-from megatron_riskpo.resharding.pieces import Model
 from megatron_riskpo.resharding.plan import RankPlan, plan_rank
 from megatron_riskpo.resharding.schedule import BridgeLayout, make_schedule
 from megatron_riskpo.resharding.slices import source_slice, target_slice
@@ -27,20 +25,15 @@ def colocated_layout(
     config: TrainConfig, hf_config: Mapping[str, Any], world_size: int, node_size: int
 ) -> BridgeLayout:
     """What a run with engines in the training processes asks of the bridge. Raises UsageError."""
-    tp = config.rollout.tp
     if config.rollout.engine != "vllm" or config.rollout.placement != "colocated":
         raise UsageError(
             f'--bridge plans for vLLM in the training processes, not for rollout.engine = "{config.rollout.engine}" '
             f'with rollout.placement = "{config.rollout.placement}": there nothing moves between the ranks by plan; '
             'set them to "vllm" and "colocated"'
         )
-    return BridgeLayout(
-        Model.of(hf_config),
-        ActorLayout.of(config.actor, world_size),
-        RolloutLayout(tp, world_size // tp),
-        _ITEM_SIZE[config.model.dtype],
-        int(config.bridge.bucket_mib * 2**20),
-        node_size,
+    item_size = _ITEM_SIZE[config.model.dtype]
+    return BridgeLayout.colocated(
+        hf_config, config.actor, world_size, config.rollout.tp, item_size, config.bridge.bucket_mib, node_size
     )
 
 

@@ -4,11 +4,14 @@ In a round a replica takes one bucket of one stage's stream. Replica r starts wi
 at all times; after pp * (buckets of the longest stream) rounds everyone has everything.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.resharding.layouts import ActorLayout, RolloutLayout
 from megatron_riskpo.resharding.pieces import Model, source_width, target_interval
 from megatron_riskpo.resharding.sources import busiest_source, owner_steps
@@ -28,6 +31,17 @@ class BridgeLayout:
     """Of what a rank sends and receives in a round, together."""
     node_size: int = 8
     """Ranks of a node."""
+
+    @classmethod
+    def colocated(
+        cls, hf_config: Mapping[str, Any], actor: ActorConfig, world_size: int, tp: int, item_size: int,
+        bucket_mib: float, node_size: int,
+    ) -> "BridgeLayout":  # fmt: skip
+        """Engines of `tp` ranks each in the training processes. Raises UsageError for a layout that cannot be."""
+        return cls(
+            Model.of(hf_config), ActorLayout.of(actor, world_size), RolloutLayout(tp, world_size // tp), item_size,
+            int(bucket_mib * 2**20), node_size,
+        )  # fmt: skip
 
     @property
     def limit(self) -> int:

@@ -29,8 +29,8 @@ print("\\n" + {mark!r} + _json.dumps(_value, allow_nan=False), flush=True)
 
 
 @dataclass(frozen=True)
-class SandboxFusionRunner:
-    """SandboxFusion: POST /run_code."""
+class _ServerRunner:
+    """A CodeRunner that asks a server once a case."""
 
     url: str
     cpu_s: float
@@ -43,6 +43,13 @@ class SandboxFusionRunner:
 
     def close(self) -> None:
         """Nothing is kept."""
+
+    def _request(self, program: str, stdin: str) -> CaseResult:
+        raise NotImplementedError
+
+
+class SandboxFusionRunner(_ServerRunner):
+    """SandboxFusion: POST /run_code."""
 
     def _request(self, program: str, stdin: str) -> CaseResult:
         wall_s = self.cpu_s * WALL_PER_CPU_S
@@ -60,23 +67,9 @@ class SandboxFusionRunner:
         return _capped("ok" if ok else "failed", run.get("stdout"))
 
 
-@dataclass(frozen=True)
-class NemoSkillsRunner:
+class NemoSkillsRunner(_ServerRunner):
     """nemo-skills' sandbox server: POST /execute. It does not tell a program's exit code, so that a mark at the end
-    of standard output says that the program came to its end."""
-
-    url: str
-    cpu_s: float
-    memory_mib: int
-    """Not used: the server has a limit of its own."""
-
-    def run(self, program: str, cases: Sequence[Case]) -> Generator[CaseResult, None, None]:
-        """See CodeRunner."""
-        for case in cases:
-            yield _in_case(program, case, self._request)
-
-    def close(self) -> None:
-        """Nothing is kept."""
+    of standard output says that the program came to its end. The server has a memory limit of its own."""
 
     def _request(self, program: str, stdin: str) -> CaseResult:
         wall_s, mark = self.cpu_s * WALL_PER_CPU_S, secrets.token_hex(16)
