@@ -66,5 +66,5 @@ setup(
             "pyarrow>=21",
         ],
     },
-    entry_points={"console_scripts": ["riskpo=megatron_riskpo.cli:main"]},
+    entry_points={"console_scripts": ["riskpo=megatron_riskpo.cli:entry"]},
 )

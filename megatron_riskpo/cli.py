@@ -16,6 +16,7 @@ from megatron_riskpo.compare_command import add_compare, run_compare
 from megatron_riskpo.convert_command import add_convert, run_convert
 from megatron_riskpo.data_command import add_data, run_data
 from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launch, process_env, report_error
+from megatron_riskpo.distributed.leave import leave
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.doctor_command import add_doctor, run_doctor
 from megatron_riskpo.errors import RiskpoError, UsageError
@@ -244,5 +245,15 @@ _COMMANDS = {
 }
 
 
+def entry(argv: Sequence[str] | None = None) -> NoReturn:
+    """`riskpo` as a process: `main`, and an end that no thread of torch disturbs."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        # --help, --version and signals during a conversion.
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    leave(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    entry()

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_riskpo.cli import main
+from megatron_riskpo.cli import entry
 
 if __name__ == "__main__":
-    raise SystemExit(main(["convert", *sys.argv[1:]]))
+    entry(["convert", *sys.argv[1:]])
