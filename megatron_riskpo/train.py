@@ -109,7 +109,7 @@ def _build(
     actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
     # Now: the actor's weights are those of model.path only until a checkpoint is loaded.
     reference = reference_weights(torch.nn.ModuleList(actor.chunks), config.loss)
-    engine = _build_engine(config, actor, grid, run_dir, observer)
+    engine = _build_engine(config, actor, grid, run_dir, observer, all_done=start_step >= config.run.steps)
     stack.callback(engine.close)
     saver = CheckpointSaver(
         run_dir / "checkpoints", config.checkpoint, resolved(config), grid,
@@ -162,9 +162,12 @@ def _encoded(questions: list[Question], what: str, tokenizer: Any, config: Train
     return EncodedQuestions(prompts, chosen, references_of(chosen, config.rewards))
 
 
-def _build_engine(config: TrainConfig, actor: Any, grid: RankGrid, run_dir: Path, observer: Observer) -> Any:
+def _build_engine(
+    config: TrainConfig, actor: Any, grid: RankGrid, run_dir: Path, observer: Observer, *, all_done: bool
+) -> Any:
     max_length = max_sequence_length(config)
-    if config.rollout.engine == "megatron":
+    # Where all steps are done nothing is sampled: the engine that costs nothing, not vLLM's start.
+    if config.rollout.engine == "megatron" or all_done:
         from megatron_riskpo.rollout.megatron_engine import MegatronEngine
 
         return MegatronEngine(actor.chunks[0], grid, max_length, config.rollout.max_num_seqs)

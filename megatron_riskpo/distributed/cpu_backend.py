@@ -173,6 +173,10 @@ def _adapt(module: Any, torch_proxy: types.ModuleType) -> None:
     if vars(module).get("torch") is torch:
         module.torch = torch_proxy
     match module.__name__.removeprefix("megatron.core."):
+        case "jit":
+            # Decorating alone loads torch's whole compiler, a third of a process's start; the decorated functions
+            # would be built by a C++ compiler at their first call.
+            module.disable_jit_fuser()
         case "tensor_parallel.random":
             _adapt_rng(module)
         case "pipeline_parallel.schedules":

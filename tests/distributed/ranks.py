@@ -1,16 +1,21 @@
-"""Run one function on n gloo ranks. Starting ranks costs seconds (imports), so one launch should run many cases."""
+"""Run one function on n gloo ranks. One launch should run many cases: models, vLLM and groups take their time."""
 
 import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parents[2]
+
+# Ranks are forked, from one process that has imported torch and Megatron-Core: importing takes each some four seconds.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def run_on_ranks(target: str, num_ranks: int, folder: Path, timeout_s: float = 300) -> list[Any]:
@@ -19,29 +24,26 @@ def run_on_ranks(target: str, num_ranks: int, folder: Path, timeout_s: float = 3
     Fails with a rank's own output if one fails or the time is up.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    logs = [(folder / f"rank_{rank}.log").open("w+") for rank in range(num_ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.distributed.ranks", target, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(num_ranks)
-    ]
+    processes: list[BaseProcess] = []
     try:
+        for rank in range(num_ranks):
+            process = _FORKS.Process(target=_main, args=(target, folder, rank, num_ranks))
+            process.start()
+            processes.append(process)
         _wait(processes, time.monotonic() + timeout_s)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    failed = [rank for rank, process in enumerate(processes) if process.returncode != 0]
+            process.join()
+    failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
     if failed:
-        first = (folder / f"rank_{failed[0]}.log").read_text()
+        first = _log(folder, failed[0]).read_text()
         raise AssertionError(f"{target}: ranks {failed} of {num_ranks} failed; rank {failed[0]}:\n{first[-4000:]}")
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.log"
 
 
 def release_groups() -> None:
@@ -54,24 +56,24 @@ def release_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def _wait(processes: list[subprocess.Popen], deadline: float) -> None:
+def _wait(processes: list[BaseProcess], deadline: float) -> None:
     while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
+        codes = [process.exitcode for process in processes]
         if None not in codes or any(codes):
             return
         time.sleep(0.05)
 
 
-def _main(target: str, folder: Path) -> None:
+def _main(target: str, folder: Path, rank: int, num_ranks: int) -> None:
     import torch.distributed as dist
 
-    from megatron_riskpo.distributed import cpu_backend
-
-    cpu_backend.install()
+    log = os.open(_log(folder, rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A file for the rendezvous: no port that another job could take.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
     module, _, function = target.partition(":")
     result = getattr(importlib.import_module(module), function)(folder)
     torch.save(result, folder / f"result_{rank}.pt")
@@ -79,7 +81,3 @@ def _main(target: str, folder: Path) -> None:
     # Megatron's and vLLM's finalizers race with each other at a regular exit; all work is done here.
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]))
