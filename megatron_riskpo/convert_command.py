@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_riskpo.checkpoint.manifest import partial_of
+from megatron_riskpo.distributed.job import report_done
 from megatron_riskpo.distributed.launch import die_with_launcher, launch, process_env
 from megatron_riskpo.errors import RunError, UsageError
 
@@ -87,7 +88,10 @@ def run_convert(args: argparse.Namespace, arguments: list[str]) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         with gathered(env) as team:
-            return kinds[args.kind](args, team)
+            code = kinds[args.kind](args, team)
+            if team.rank == 0:
+                report_done()
+            return code
     finally:
         signal.signal(signal.SIGTERM, before)
 

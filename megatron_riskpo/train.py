@@ -16,6 +16,7 @@ from megatron_riskpo.data.questions import Question, load_evaluation_sets, load_
 from megatron_riskpo.data.stream import PromptStream
 from megatron_riskpo.data.tokenizer import carry_tokenizer, load_tokenizer, stop_token_ids
 from megatron_riskpo.distributed.grid import RankGrid
+from megatron_riskpo.distributed.job import report_done
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.distributed.signals import StopSignal
@@ -210,3 +211,4 @@ def _conclude(run_dir: Path, completed: bool, step: int, num_steps: int) -> None
         return
     print(summary_table(run_dir))
     print(f"model: {run_dir / 'hf'}\nreport: {report}")
+    report_done()

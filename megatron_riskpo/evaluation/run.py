@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.config_io import load_model_config
 from megatron_riskpo.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_riskpo.distributed.job import report_done
 from megatron_riskpo.distributed.launch import RankEnv
 from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.distributed.signals import StopSignal, agree
@@ -52,6 +53,7 @@ def run_evaluation(
             print(f"stopped by a signal; the answers so far are in {out}; run the same command to go on")
             return 0
         conclude(out)
+        report_done()
     return 0
 
 

@@ -34,7 +34,7 @@ def test_a_recipe_breaks_no_rule(path: Path) -> None:
     text = path.read_text()
     nodes = num_gpus // 8
     assert f"#   sbatch --nodes {nodes} --ntasks-per-node 8" in text
-    assert f'riskpo train examples/{path.name}"' in text
+    assert f" slurm/train.sbatch examples/{path.name}\n" in text
     assert "riskpo data prepare" in text
     assert "Expected result" in text
 

@@ -1,0 +1,185 @@
+# What all job scripts of this folder do alike; they read this file, which is not run by itself.
+# shellcheck shell=bash
+
+# shellcheck source=env.sh
+. "${RISKPO_ENV:-$RISKPO_SLURM/env.sh}"
+
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+JOB_DIR=${RISKPO_LOGS:-$SLURM_SUBMIT_DIR/slurm_logs}/$JOB
+ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
+ATTEMPT_DIR=$JOB_DIR/attempt_$ATTEMPT
+# Made by riskpo when its work is done: a run that a signal stopped has the same exit code.
+export RISKPO_DONE_FILE=$ATTEMPT_DIR/done
+export RISKPO_FAILED_FILE=$ATTEMPT_DIR/failed
+# Slurm hands --cpus-per-task on to the batch script, not from there to srun.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+WARNED=       # USR1 came: the time limit is near, or the job has to make way
+TERMINATED=   # TERM came: the job is cancelled
+STEP=         # the srun of the ranks
+SERVERS=()    # the sruns of rollout servers
+
+mkdir -p "$ATTEMPT_DIR" || exit 1
+echo "attempt $ATTEMPT on $SLURM_JOB_NODELIST: see $ATTEMPT_DIR"
+exec >>"$ATTEMPT_DIR/batch.log" 2>&1
+
+# phase NAME: into the job's state file, at once and whole, and into the log.
+phase() {
+    local now
+    now=$(date +%Y-%m-%dT%H:%M:%S%z)
+    printf '{"job": "%s", "attempt": %d, "phase": "%s", "since": "%s"}\n' "$JOB" "$ATTEMPT" "$1" "$now" \
+        >"$JOB_DIR/state.json.part" && mv "$JOB_DIR/state.json.part" "$JOB_DIR/state.json"
+    echo "$now $1"
+}
+
+# usage TEXT: the job was submitted in a wrong way.
+usage() {
+    phase failed
+    echo "usage: sbatch [OPTION ...] slurm/$1" >&2
+    exit 2
+}
+
+on_warning() {
+    WARNED=yes
+    if [ -n "$STEP" ]; then
+        phase saving
+        kill -USR1 "$STEP" 2>/dev/null
+    fi
+}
+
+on_end() {
+    TERMINATED=yes
+    if [ -n "$STEP" ]; then
+        phase stopping
+        end_steps
+    fi
+}
+
+trap on_warning USR1
+trap on_end TERM INT
+
+# TERM to all tasks of the job, which Slurm has sent to them already where it ends the job. Not by srun: it would kill them.
+end_steps() {
+    timeout 20 scancel --quiet --signal=TERM "$SLURM_JOB_ID"
+}
+
+# await PID: its exit code, however often a trapped signal interrupts the wait.
+await() {
+    while :; do
+        wait "$1"
+        kill -0 "$1" 2>/dev/null || break
+    done
+    wait "$1"
+}
+
+# What each task runs: the command, and a line on it if it fails.
+RANK='trap : USR1 TERM; "$@"; code=$?
+[ "$code" = 0 ] || echo "rank $SLURM_PROCID on $SLURMD_NODENAME: exit code $code" >>"$RISKPO_FAILED_FILE"; exit "$code"'
+
+# run_ranks PHASE [SRUN_OPTION ...] -- COMMAND ...: a rank a task, a log a rank; the first that fails ends the others.
+run_ranks() {
+    local name=$1 options=() watcher code
+    shift
+    phase "$name"
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    srun "${CONTAINER_ARGS[@]}" "${options[@]}" --kill-on-bad-exit=0 --output="$ATTEMPT_DIR/${name}_%t.log" \
+        bash -c "$RANK" rank "$@" &
+    STEP=$!
+    # A signal that came before there was a step has reached no rank.
+    if [ -n "$WARNED$TERMINATED" ]; then
+        kill -USR1 "$STEP"
+    fi
+    end_after_failure &
+    watcher=$!
+    await "$STEP"
+    code=$?
+    STEP=
+    kill "$watcher" 2>/dev/null
+    if [ "$code" != 0 ]; then
+        tail_of_failed "$name"
+    fi
+    return "$code"
+}
+
+# tail_of_failed PHASE: which rank failed first, and its last words.
+tail_of_failed() {
+    local first
+    read -r _ first _ 2>/dev/null <"$RISKPO_FAILED_FILE" || return 0
+    head -n 1 "$RISKPO_FAILED_FILE"
+    tail -n 5 "$ATTEMPT_DIR/${1}_$first.log"
+}
+
+# Peers of a failed rank end by themselves, or hang. srun --kill-on-bad-exit would leave those KillWait: often 30 s, or more.
+end_after_failure() {
+    until [ -e "$RISKPO_FAILED_FILE" ]; do
+        sleep 1
+    done
+    sleep 10
+    echo "ending what is left of the ranks"
+    # srun kills them.
+    kill -TERM "$STEP"
+}
+
+# finish CODE: end the job, or put it into the queue once more.
+finish() {
+    local code=$1
+    trap '' USR1
+    stop_servers
+    if [ -e "$RISKPO_DONE_FILE" ]; then
+        phase done
+        exit 0
+    fi
+    if [ -n "$WARNED" ] && [ -z "$TERMINATED" ]; then
+        requeue
+    fi
+    stay_if_preempted
+    if [ -n "$TERMINATED" ]; then
+        phase cancelled
+        exit 143
+    fi
+    phase failed
+    echo "exit code $code"
+    exit "$((code ? code : 1))"
+}
+
+stop_servers() {
+    local server
+    if ((${#SERVERS[@]} > 0)) && ! end_steps; then
+        kill -TERM "${SERVERS[@]}" 2>/dev/null
+    fi
+    for server in "${SERVERS[@]}"; do
+        await "$server"
+    done
+}
+
+# Where no warning was asked for, a job that has to make way gets TERM; it is requeued by Slurm itself, if it is still there
+# when its grace period ends.
+stay_if_preempted() {
+    if timeout 20 scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then
+        phase preempted
+        trap - TERM
+        sleep infinity
+    fi
+}
+
+# Never after TERM: it would bring a cancelled job back to life.
+requeue() {
+    local try
+    # Slurm ends this script with TERM, once it has put the job back.
+    trap '' TERM
+    phase requeued
+    for try in 1 2 3 4 5; do
+        if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
+            sleep 60
+            exit 0
+        fi
+        echo "attempt $try at a requeue failed"
+        sleep 5
+    done
+}

@@ -1,0 +1,60 @@
+# Rollout servers on some of a job's nodes; train.sbatch reads this file, which is not run by itself.
+# shellcheck shell=bash
+
+# start_servers NODES SERVERS_PER_NODE CONFIG [--section.key value ...]: on the last nodes of the job, until all are
+# healthy. Sets SERVERS, TRAINING_STEP (srun options that give the other nodes to the ranks) and SERVER_OPTIONS (how the
+# run reaches the servers).
+start_servers() {
+    local num=$1 per_node=$2 hosts node index
+    shift 2
+    mapfile -t hosts < <(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST")
+    if ! [[ $num =~ ^[0-9]+$ && $per_node =~ ^[1-9][0-9]*$ ]] || ((num >= ${#hosts[@]})); then
+        phase failed
+        echo "--server-nodes=$num --servers-per-node=$per_node: of ${#hosts[@]} nodes at least one has to train" >&2
+        exit 2
+    fi
+    phase servers
+    for node in "${hosts[@]:${#hosts[@]}-num}"; do
+        for ((index = 0; index < per_node; index++)); do
+            start_server "$node" "$index" "$per_node" "$@"
+        done
+    done
+    local training=$((${#hosts[@]} - num))
+    TRAINING_STEP=(
+        --nodes="$training" --ntasks="$((training * ${SLURM_NTASKS_PER_NODE:-1}))"
+        --nodelist="$(IFS=,; echo "${hosts[*]:0:training}")"
+    )
+    await_servers
+}
+
+# start_server NODE INDEX SERVERS_PER_NODE CONFIG ...: with its share of the node's GPUs.
+start_server() {
+    local node=$1 index=$2 share=$((${SLURM_GPUS_ON_NODE:-0} / $3)) name=server_${1}_$2 environment=()
+    shift 3
+    if ((share > 0)); then
+        environment=(env "CUDA_VISIBLE_DEVICES=$(seq -s , $((index * share)) $(((index + 1) * share - 1)))")
+    fi
+    # --overlap: the servers of a node share what the job has of it.
+    srun "${CONTAINER_ARGS[@]}" --nodes=1 --ntasks=1 --nodelist="$node" --overlap --output="$ATTEMPT_DIR/$name.log" \
+        "${environment[@]}" "${RISKPO[@]}" serve --host "$(server_host "$node")" --tokens-only --without-weights \
+        --endpoint "$ATTEMPT_DIR/$name.json" "$@" &
+    SERVERS+=($!)
+}
+
+# The endpoint file of a server is there once it is healthy.
+await_servers() {
+    local server urls
+    until urls=("$ATTEMPT_DIR"/server_*.json) && [ -e "${urls[0]}" ] && ((${#urls[@]} == ${#SERVERS[@]})); do
+        for server in "${SERVERS[@]}"; do
+            if [ -n "$WARNED$TERMINATED" ] || ! kill -0 "$server" 2>/dev/null; then
+                echo "a rollout server ended before all were healthy; see $ATTEMPT_DIR/server_*.log" >&2
+                finish 1
+            fi
+        done
+        sleep 0.5
+    done
+    local transfer=${TRANSFER_DIR:-$ATTEMPT_DIR/transfer}
+    mkdir -p "$transfer"
+    mapfile -t urls < <(sed -n 's/.*"url": "\([^"]*\)".*/\1/p' "${urls[@]}")
+    SERVER_OPTIONS=(--server.transfer_dir "$transfer" --rollout.server_urls "${urls[@]}")
+}
