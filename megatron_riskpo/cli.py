@@ -1,6 +1,6 @@
 """The command line: riskpo train | sft | evaluate | compare | data | plan | doctor | report | checkpoint | convert |
-serve. Imports nothing heavy before it is needed, so that wrong input is answered at once and signal handlers stand
-before torch is loaded."""
+serve | slurm. Imports nothing heavy before it is needed, so that wrong input is answered at once and signal handlers
+stand before torch is loaded."""
 
 import argparse
 import errno
@@ -23,6 +23,7 @@ from megatron_riskpo.errors import RiskpoError, UsageError
 from megatron_riskpo.evaluate_command import add_evaluate, overrides_last, run_evaluate
 from megatron_riskpo.plan_command import add_plan, run_plan
 from megatron_riskpo.serve_command import add_serve, run_serve
+from megatron_riskpo.slurm_command import add_slurm, run_slurm
 
 if TYPE_CHECKING:
     from megatron_riskpo.config import TrainConfig
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands, _OVERRIDES_HELP)
     add_doctor(commands)
     add_serve(commands, _OVERRIDES_HELP)
+    add_slurm(commands)
     add_evaluate(commands)
     add_compare(commands)
     add_data(commands)
@@ -239,6 +241,7 @@ _COMMANDS = {
     "checkpoint": _checkpoint,
     "convert": run_convert,
     "serve": run_serve,
+    "slurm": run_slurm,
     "evaluate": run_evaluate,
     "compare": run_compare,
     "data": run_data,

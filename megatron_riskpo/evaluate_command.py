@@ -33,15 +33,18 @@ def add_evaluate(commands: Any) -> None:
 
 
 def overrides_last(arguments: list[str]) -> list[str]:
-    """The command's arguments with its --section.key value pairs behind a `--`, where argparse leaves them alone."""
-    if arguments[:1] != ["evaluate"] or "--" in arguments:
+    """The command's arguments with its --section.key value pairs at the end, where argparse leaves them alone: behind a
+    `--`, or where there is an argument before the flags, behind an option of their own."""
+    separators = {"evaluate": "--", "slurm": "--overrides"}
+    separator = separators.get(arguments[0]) if arguments else None
+    if separator is None or separator in arguments:
         return arguments
     plain, overrides, target = [], [], None
     for token in arguments:
         if token.startswith("--"):
             target = overrides if "." in token.partition("=")[0] else plain
         (plain if target is None else target).append(token)
-    return [*plain, "--", *overrides]
+    return [*plain, separator, *overrides]
 
 
 def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:

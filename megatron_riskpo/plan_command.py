@@ -48,7 +48,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_riskpo.planning.render import plan_json, plan_text, search_text
     from megatron_riskpo.planning.search import search
 
-    _quieten()
+    quieten()
     gpu = GPUS[args.gpu]
     if args.search:
         plans = search(config, hf_config, world_size, gpu, args.mean_response)
@@ -76,7 +76,7 @@ def _dry_run(args: argparse.Namespace, config: "TrainConfig", hf_config: dict[st
     from megatron_riskpo.planning.plan import make_plan
     from megatron_riskpo.planning.render import dry_run_text, plan_json
 
-    _quieten()
+    quieten()
     plan = make_plan(config, hf_config, world_size, GPUS[args.gpu], args.mean_response, [args.rank or 0])
     print(json.dumps(plan_json(plan), indent=1) if args.json else dry_run_text(plan.memory[0], world_size))
     return 1 if plan.complaints else 0
@@ -109,12 +109,12 @@ def _checked(args: argparse.Namespace, overrides: list[str]) -> "tuple[TrainConf
         raise UsageError(f"--gpus {args.gpus}: give 1 or more")
     actor = config.actor
     world_size = args.gpus or config.run.ranks or actor.tp * actor.cp * actor.pp
-    hf_config = _model_config(args.model, config)
+    hf_config = model_config(args.model, config)
     check_plan(config, world_size, hf_config)
     return config, hf_config, world_size
 
 
-def _model_config(model: str | None, config: "TrainConfig") -> dict[str, Any]:
+def model_config(model: str | None, config: "TrainConfig") -> dict[str, Any]:
     """Weights are not looked at, so a config.json alone will do."""
     from megatron_riskpo.config_io import load_model_config, read_model_config
 
@@ -123,7 +123,7 @@ def _model_config(model: str | None, config: "TrainConfig") -> dict[str, Any]:
     return read_model_config(Path(model)) if model.endswith(".json") else load_model_config(model, "--model")
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """No process group and no GPU is what libraries warn of here, and what is meant."""
     import logging
     import os

@@ -173,7 +173,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("rule", WRONG)
-def test_plan_refuses_in_the_words_of_train(rule: str, tmp_path: Path, toml, capsys: pytest.CaptureFixture) -> None:
+def test_plan_and_slurm_refuse_in_the_words_of_train(
+    rule: str, tmp_path: Path, toml, capsys: pytest.CaptureFixture
+) -> None:
     overrides, world_size, change = WRONG[rule]
     (tmp_path / "config.json").write_text(json.dumps(MODEL | change))
     path = toml()
@@ -181,10 +183,12 @@ def test_plan_refuses_in_the_words_of_train(rule: str, tmp_path: Path, toml, cap
     # Before the overrides, some of which ask for vLLM.
     common += ("--rollout.engine", "megatron")
     said = {}
-    for command in (["train", path], ["plan", path]):
+    slurm = ["slurm", path, "--nodes", "1", "--time", "60", "--gpus-per-node", "0"]
+    slurm += ["--ranks-per-node", str(world_size)]
+    for command in (["train", path], ["plan", path], slurm):
         assert main([*command, *common, *overrides]) == 2
         said[command[0]] = capsys.readouterr().err
-    assert said["plan"] == said["train"] != ""
+    assert said["plan"] == said["slurm"] == said["train"] != ""
     assert len(said["plan"].splitlines()) == 1
 
 

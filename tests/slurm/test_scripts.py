@@ -1,0 +1,190 @@
+"""slurm/'s scripts on a real controller, with a stand-in for riskpo that writes down how it was started.
+
+What training does with a signal is tested with real ranks (test_jobs.py).
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_riskpo.cli import main
+from tests.slurm.cluster import REQUIRED, Cluster, Job, require_slurm
+from tests.slurm.runs import ROOT, SCRIPTS, log, phase, use_environment
+from tests.test_slurm_command import MODEL
+
+RISKPO = """#!/bin/bash
+# Its arguments and place; then: `serve` announces itself and ends at TERM, `... bad ...` fails.
+printf '%s\\n' "$SLURMD_NODENAME" "${CUDA_VISIBLE_DEVICES-}" "$@" >"$1.${SLURM_STEP_ID}_$SLURM_PROCID"
+[[ " $* " == *" bad "* ]] && exit 3
+trap 'echo ended >"ended.$SLURM_STEP_ID"; exit 0' TERM
+while [[ $1 == serve && $# -gt 1 ]]; do
+    if [[ $2 == --endpoint ]]; then
+        echo "{\\"url\\": \\"http://$SLURMD_NODENAME:80$SLURM_STEP_ID\\", \\"pid\\": 1}" >"$3"
+        while :; do sleep 0.05; done
+    fi
+    set -- "$1" "${@:3}"
+done
+touch "$RISKPO_DONE_FILE"
+"""
+ARGUMENTS = {
+    "train": ["my.toml"],
+    "evaluate": ["--model", "runs/my", "--data", "x.jsonl"],
+    "convert": ["megatron-to-hf", "runs/my", "out"],
+    "sweep": ["my.toml", "rates.txt"],
+    "serve": ["my.toml"],
+}
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path) -> Submit:
+    """Submits by submit.sh from an empty folder, with the stand-in as riskpo."""
+    (tmp_path / "riskpo").write_text(RISKPO)
+    (tmp_path / "riskpo").chmod(0o755)
+    use_environment(cluster, tmp_path, f'"{tmp_path}/riskpo"')
+
+    def submit(*arguments: object) -> Job:
+        return Job(cluster, tmp_path, cluster.run(SCRIPTS / "submit.sh", "--parsable", *arguments, cwd=tmp_path))
+
+    return submit
+
+
+def started(job: Job, pattern: str) -> list[list[str]]:
+    """Node, CUDA_VISIBLE_DEVICES and arguments of the stand-ins."""
+    return [file.read_text().splitlines() for file in sorted(job.folder.glob(pattern))]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_slurm_accepts_every_script(name: str, cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    shape = [] if name == "serve" else ["--nodes=2", "--ntasks-per-node=8"]
+    command = ["sbatch", "--test-only", *shape, "--gpus-per-node=8", SCRIPTS / f"{name}.sbatch", *ARGUMENTS[name]]
+    assert "to start at" in cluster.run(*command, cwd=tmp_path)
+    command[-len(ARGUMENTS[name]) - 1 : -len(ARGUMENTS[name]) - 1] = ["--nodes=3", "--ntasks=3"]
+    refused = cluster.run(*command, check=False, cwd=tmp_path)
+    assert "Node count specification invalid" in refused
+
+
+def test_there_is_a_test_for_every_script() -> None:
+    assert {path.stem for path in SCRIPTS.glob("*.sbatch")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "convert", "serve", "sweep"])
+def test_without_arguments_it_says_what_it_needs(name: str, submit: Submit) -> None:
+    job = submit(SCRIPTS / f"{name}.sbatch")
+    job.end("FAILED")
+    assert job.shown("ExitCode") == "2:0"
+    assert f"slurm/{name}.sbatch " in log(job, 1, "batch")
+    assert phase(job) == "failed"
+    assert not started(job, f"{name}.*")
+
+
+def test_arguments_reach_every_rank_as_they_are(submit: Submit) -> None:
+    arguments = ["my.toml", "--data.prompt_template", "a  'b' $(touch evil) \"c\"; *"]
+    job = submit("--nodes=2", "--ntasks-per-node=2", SCRIPTS / "train.sbatch", *arguments)
+    job.end("COMPLETED")
+    assert [words[2:] for words in started(job, "train.*")] == [["train", *arguments]] * 4
+    assert sorted(words[0] for words in started(job, "train.*")) == ["n0", "n0", "n1", "n1"]
+    assert (phase(job), (job.folder / "evil").exists()) == ("done", False)
+
+
+def test_what_ends_without_being_done_is_no_success(submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "riskpo").write_text("#!/bin/bash\nexit 0\n")
+    job = submit(SCRIPTS / "train.sbatch", "my.toml")
+    job.end("FAILED")
+    assert phase(job) == "failed"
+
+
+def test_servers_run_on_nodes_of_their_own_and_end_with_the_run(submit: Submit) -> None:
+    shape = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=8")
+    job = submit(
+        *shape, SCRIPTS / "train.sbatch", "--server-nodes=1", "--servers-per-node=2", "my.toml", "--rollout.tp", "4"
+    )
+    job.end("COMPLETED")
+    servers, ranks = started(job, "serve.*"), started(job, "train.*")
+    attempt = job.logs / "attempt_1"
+    assert [words[:2] for words in servers] == [["n1", "0,1,2,3"], ["n1", "4,5,6,7"]]
+    for index, words in enumerate(servers):
+        endpoint = str(attempt / f"server_n1_{index}.json")
+        assert words[2:] == [
+            "serve", "--host", "127.0.0.1", "--tokens-only", "--without-weights", "--endpoint", endpoint,
+            "my.toml", "--rollout.tp", "4",
+        ]  # fmt: skip
+    urls = [json.loads((attempt / f"server_n1_{index}.json").read_text())["url"] for index in (0, 1)]
+    own = ["--server.transfer_dir", str(attempt / "transfer"), "--rollout.server_urls", *urls]
+    assert [words[0] for words in ranks] == ["n0", "n0"]
+    assert [words[2:] for words in ranks] == [["train", "my.toml", *own, "--rollout.tp", "4"]] * 2
+    assert (attempt / "transfer").is_dir()
+    assert len(list(job.folder.glob("ended.*"))) == 2
+
+
+def test_a_server_that_does_not_come_up_ends_the_job(submit: Submit) -> None:
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--server-nodes=1", "my.toml", "bad")
+    job.end("FAILED")
+    assert "a rollout server ended before all were healthy" in log(job, 1, "batch")
+    assert not started(job, "train.*")
+
+
+def test_too_many_server_nodes_are_refused(submit: Submit) -> None:
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--server-nodes=2", "my.toml")
+    job.end("FAILED")
+    assert "--server-nodes=2 --servers-per-node=1: of 2 nodes at least one has to train" in log(job, 1, "batch")
+
+
+def test_a_server_alone_serves_until_it_is_cancelled(submit: Submit) -> None:
+    job = submit(SCRIPTS / "serve.sbatch", "my.toml", "--rollout.tp", "4")
+    job.wait_for((job.logs / "server.json").exists)
+    assert phase(job) == "serving"
+    job.cluster.run("scancel", job.id)
+    job.end("CANCELLED")
+    job.wait_for(lambda: phase(job) == "cancelled")
+    (words,) = started(job, "serve.*")
+    assert words[2:] == ["serve", "--host", "127.0.0.1", "--endpoint", str(job.logs / "server.json"), "my.toml",
+                         "--rollout.tp", "4"]  # fmt: skip
+    assert list(job.folder.glob("ended.*"))
+
+
+def test_what_follows_a_failed_training_is_taken_out_of_the_queue(
+    submit: Submit, cluster: Cluster, tmp_path: Path
+) -> None:
+    said = cluster.run(SCRIPTS / "chain.sh", "runs/my", "x.jsonl", "--time=5", "--", "bad", cwd=tmp_path)
+    train, convert, evaluate = (Job(cluster, tmp_path, id) for id in said.split()[1::2])
+    train.end("FAILED")
+    convert.end("CANCELLED")
+    evaluate.end("CANCELLED")
+    assert train.shown("ExitCode") == "3:0"
+    assert started(convert, "*.*_0")[0][2:] == ["train", "bad"]
+
+
+def test_riskpo_slurm_submits_what_it_prints(
+    submit: Submit, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "x.toml").write_text('[model]\npath = "."\n[rollout]\nengine = "megatron"\n[run]\nname = "mine"\n')
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    options = ["--time", "1:00:00", "--gpus-per-node", "0", "--ranks-per-node", "2", "--cpus-per-rank", "1"]
+    options += ["--data.prompts_per_step", "40", "--loss.kind", "gspo"]
+    assert main(["slurm", "x.toml", "--nodes", "2", "--test-only", *options]) == 0
+    assert "to start at" in capfd.readouterr().err
+    assert main(["slurm", "x.toml", "--nodes", "5", *options]) == 1
+    assert "Node count specification invalid" in capfd.readouterr().err
+    assert main(["slurm", "x.toml", "--nodes", "2", *options]) == 0
+    job = Job(cluster, tmp_path, capfd.readouterr().out.split()[-1])
+    job.end("COMPLETED")
+    assert [job.shown(name) for name in ("JobName", "NumNodes", "TimeLimit")] == ["riskpo-mine", "2", "01:00:00"]
+    assert [words[2:] for words in started(job, "train.*")] == [["train", "x.toml", *options[-4:]]] * 4
+
+
+def test_where_slurm_has_to_be_its_absence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.delenv(REQUIRED, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="munged, slurmctld, slurmd, sbatch not installed"):
+        require_slurm()
+    monkeypatch.setenv(REQUIRED, "1")
+    with pytest.raises(pytest.fail.Exception, match=f"{REQUIRED} is set, but munged"):
+        require_slurm()
+    assert f"export {REQUIRED}=1" in (ROOT / ".ci" / "run").read_text()
