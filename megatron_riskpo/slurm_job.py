@@ -106,12 +106,12 @@ def seconds_of(time: str) -> int:
 
 
 def warning_before(time: str, step_s: float) -> int:
-    """Seconds before the time limit at which the run has to be told: it ends the step under way, then saves.
+    """Seconds before the time limit, whole minutes, at which the run has to be told: it ends its step, then saves.
 
     `step_s`: the predicted length of a step, which may be half as long again. Raises UsageError where so little would
     be left of the time that the run would make hardly a step between two requeues.
     """
-    warning = max(LEAST_WARNING_S, math.ceil(1.5 * step_s + SAVE_S) if step_s else 0)
+    warning = max(LEAST_WARNING_S, 60 * math.ceil((1.5 * step_s + SAVE_S) / 60) if step_s else 0)
     limit = seconds_of(time)
     if limit < 2 * warning:
         raise UsageError(

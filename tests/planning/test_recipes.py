@@ -12,6 +12,7 @@ from megatron_riskpo.planning.gpus import GPUS
 from megatron_riskpo.planning.plan import Plan, make_plan
 from megatron_riskpo.planning.render import summary
 from megatron_riskpo.planning.state_bytes import stage_ranks
+from megatron_riskpo.slurm_job import warning_before
 
 ROOT = Path(__file__).parents[2]
 PLAN_LINE = re.compile(r"# Plan: riskpo plan (\S+) --gpus (\d+) --gpu (\S+) --model (\S+)\n#   (.+)\n")
@@ -34,7 +35,7 @@ def test_a_recipe_breaks_no_rule(path: Path) -> None:
     text = path.read_text()
     nodes = num_gpus // 8
     assert f"#   sbatch --nodes {nodes} --ntasks-per-node 8" in text
-    assert f" slurm/train.sbatch examples/{path.name}\n" in text
+    assert re.search(rf"^#   sbatch .* slurm/train.sbatch examples/{re.escape(path.name)}$", text, re.MULTILINE)
     assert "riskpo data prepare" in text
     assert "Expected result" in text
 
@@ -50,6 +51,7 @@ def test_a_recipe_fits_and_its_comment_is_true(path: Path) -> None:
     found = PLAN_LINE.search(path.read_text())
     assert found is not None
     assert (found[1], found[5]) == (f"examples/{path.name}", summary(plan))
+    assert f"--signal B:USR1@{warning_before('1-0', plan.time.seconds)} slurm/train.sbatch" in path.read_text()
 
 
 def _read(path: Path) -> tuple[TrainConfig, dict, int, str]:
