@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 import plotly.graph_objects as go
@@ -80,7 +81,7 @@ def build_charts(rows: Rows) -> list[Chart]:
 def evaluation_chart(rows: Rows) -> Chart | None:
     """pass@k at the steps that were evaluated."""
     figure = new_figure("pass@k", "step")
-    for color, key in zip(COLORS, evaluation_keys(rows), strict=False):
+    for color, key in zip(cycle(COLORS), evaluation_keys(rows), strict=False):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         set_name, _, measure = key.removeprefix("eval/").rpartition("/")
