@@ -23,12 +23,13 @@ class ShownTable:
 
     def printed(self) -> str:
         """As lines to print."""
-        table = RichTable(title=self.caption, title_justify="left")
+        table = RichTable()
         for index, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if index else "left")
         for row in self.rows:
             table.add_row(*row)
-        return render(table)
+        # A title of the table would be broken at the table's width.
+        return f"{self.caption}\n{render(table)}"
 
 
 def tables_of(comparison: Comparison) -> list[ShownTable]:
