@@ -1,6 +1,7 @@
 """`riskpo convert`: its arguments, and what each kind does. Imports nothing heavy before it is needed."""
 
 import argparse
+import math
 import shutil
 import signal
 import sys
@@ -63,7 +64,7 @@ def _add_check(kinds: Any) -> None:
     parser.add_argument("--prompts", metavar="FILE", type=Path,
                         help="also compare log-probs of these texts: Megatron's from OTHER (or HF_DIR), transformers' "
                         "from HF_DIR; one a line, or JSONL with the key prompt")  # fmt: skip
-    parser.add_argument("--tolerance", type=float, metavar="NATS", default=1e-4,
+    parser.add_argument("--tolerance", type=_difference, metavar="NATS", default=1e-4,
                         help="largest difference of a log-prob, in float32 (default 1e-4)")  # fmt: skip
 
 
@@ -71,6 +72,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
     return int(text)
+
+
+def _difference(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a finite number, 0 or above, not {text!r}")
+    return value
 
 
 def run_convert(args: argparse.Namespace, arguments: list[str]) -> int:

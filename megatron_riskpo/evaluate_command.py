@@ -27,6 +27,10 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the results (evaluations/NAME, or RUN/evaluation)"
     )
+    command.add_argument(
+        "--server", dest="servers", nargs="+", default=[], metavar="URL",
+        help="ask these servers (riskpo serve), which hold the model, in place of vLLM in this process",
+    )  # fmt: skip
     command.add_argument("--from", dest="source", type=Path, metavar="DIR",
                          help="ask nothing; sum up the outputs in DIR, ours or nemo-skills'")  # fmt: skip
     command.add_argument("overrides", nargs="*", metavar="--section.key value", help="options of the run")
@@ -63,7 +67,7 @@ def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:
 
     from megatron_riskpo.evaluation.options import load_options
 
-    config = load_options(args.model, args.num_samples, args.overrides)
+    config = load_options(args.model, args.num_samples, args.overrides, args.servers)
     if env is None:
         return launch([sys.executable, "-m", "megatron_riskpo.cli", *arguments], config.run.ranks or config.rollout.tp)
 
@@ -73,7 +77,7 @@ def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _summarize(args: argparse.Namespace) -> int:
-    if args.model or args.data or args.overrides:
+    if args.model or args.data or args.servers or args.overrides:
         raise UsageError("--from sums up outputs that are there; of the other options only --out goes with it")
 
     from megatron_riskpo.evaluation.run import conclude

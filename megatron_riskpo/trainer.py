@@ -1,5 +1,6 @@
 """The RiskPO loop: collect (generate and score), advantages, update, sync."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from megatron_riskpo.observability.performance import peak_flops, update_metrics
 from megatron_riskpo.resharding.bridge import Bridge
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.reference import Reference
-from megatron_riskpo.rewards.scoring import mean_by_source, score_rollouts
+from megatron_riskpo.rewards.scoring import Scoring, mean_by_source
 from megatron_riskpo.rewards.shaping import shaped_rewards
 from megatron_riskpo.rollout.source import RolloutSource, staleness_metrics
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts
@@ -122,14 +123,17 @@ class Trainer:
 
     def draw(self, draw: int) -> Groups:
         """Sample and grade the stream's next questions; `draw` counts the step's draws, from 0."""
-        config = self.config
+        scoring, references = Scoring(self.tokenizer, self.pool), self.train_set.references
+
+        def grade(row: int, question: int, tokens: Sequence[int]) -> None:
+            scoring.submit(row, tokens, references[question])
+
         with self.observer.phase("rollout"):
-            rows, rollouts = self.source.draw(self.step, draw)
+            rows, rollouts = self.source.draw(self.step, draw, grade)
+        # What of the grading is left once the last response is finished.
         with self.observer.phase("reward"):
-            references = [self.train_set.references[row] for row in rows]
-            rewards = score_rollouts(
-                rollouts, references, self.tokenizer, self.pool, config.rewards, self.actor.grid.world
-            )
+            group_size = self.source.sampling.group_size
+            rewards = scoring.rewards(len(rows), group_size, self.config.rewards, self.actor.grid.world)
         return Groups(rows, rollouts, rewards)
 
     def score_tokens(self, rollouts: Rollouts) -> tuple[TokenInputs, dict[str, float]]:

@@ -8,6 +8,7 @@ expression of the same function is right. Writes into the folder
 
     programs.jsonl       questions, with tests
     mixed.jsonl          the same, and as many sums ("4+7-2="), graded as mathematics
+    mixed_held_out.jsonl those of the mixture that no run trains on, for riskpo evaluate
     mixed_sft.jsonl      solved examples of both, each in three forms of which one is what RL will check: like a real
                          base model, one that learns from them knows more than it shows
 """
@@ -18,6 +19,8 @@ import random
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
+
+from megatron_riskpo.data.questions import is_held_out
 
 TEMPLATE = "def f(x):\n    return {program}"
 TESTED = (2, 3, 7, -4)
@@ -72,8 +75,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     code = list(programs())
     mixed = [*code, *sums(random.Random(1))]
+    # Runs take their held-out questions from the file's beginning: these should be of all kinds.
+    for questions in (code, mixed):
+        random.Random(2).shuffle(questions)
     write(folder / "programs.jsonl", code)
     write(folder / "mixed.jsonl", mixed)
+    write(folder / "mixed_held_out.jsonl", (question for question in mixed if is_held_out(question["problem"])))
     write(folder / "mixed_sft.jsonl", (example for question in mixed for example in solved(question)))
 
 

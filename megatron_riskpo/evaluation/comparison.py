@@ -11,6 +11,7 @@ from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.intervals import difference_intervals
 from megatron_riskpo.evaluation.results import Results
 from megatron_riskpo.evaluation.summary import Estimate, Summary, estimates, share_columns, summarize
+from megatron_riskpo.rewards.reference import rows_by_source
 
 # Upper ends of the bins of the mean pass rate; never and always solved stand apart.
 BIN_EDGES = (0.25, 0.5, 0.75)
@@ -18,7 +19,7 @@ BIN_EDGES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Bin:
-    """The questions of like difficulty."""
+    """Questions that have something in common."""
 
     label: str
     num_questions: int
@@ -50,6 +51,9 @@ class Comparison:
     """B - A of each share that both have: pass@k, majority@k, no_answer, truncated."""
     sign_test: SignTest
     bins: list[Bin]
+    """By difficulty."""
+    sources: list[Bin]
+    """By data source; empty where there is only one."""
 
 
 def compare(a: Results, b: Results) -> Comparison:
@@ -66,6 +70,7 @@ def compare(a: Results, b: Results) -> Comparison:
         differences=estimates(both, intervals),
         sign_test=sign_test(rates_b - rates_a),
         bins=difficulty_bins(rates_a, rates_b),
+        sources=[bin_of(source, rates_a[rows], rates_b[rows]) for source, rows in rows_by_source(a.sources).items()],
     )
 
 
@@ -128,9 +133,12 @@ def difficulty_bins(rates_a: NDArray[np.float64], rates_b: NDArray[np.float64]) 
     for index, label in enumerate(labels):
         rows = bins == index
         if rows.any():
-            difference = (rates_b - rates_a)[rows]
-            estimate = estimates({"": difference}, difference_intervals(difference[:, None]))[""]
-            found.append(
-                Bin(label, int(rows.sum()), float(rates_a[rows].mean()), float(rates_b[rows].mean()), estimate)
-            )
+            found.append(bin_of(label, rates_a[rows], rates_b[rows]))
     return found
+
+
+def bin_of(label: str, rates_a: NDArray[np.float64], rates_b: NDArray[np.float64]) -> Bin:
+    """Of the pass rates of the bin's questions."""
+    difference = rates_b - rates_a
+    estimate = estimates({"": difference}, difference_intervals(difference[:, None]))[""]
+    return Bin(label, len(difference), float(rates_a.mean()), float(rates_b.mean()), estimate)

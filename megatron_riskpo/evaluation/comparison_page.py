@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from megatron_riskpo.evaluation.comparison import Comparison, SignTest
+from megatron_riskpo.evaluation.comparison import Bin, Comparison, SignTest
 from megatron_riskpo.evaluation.summary import Estimate, Summary, percent, render, shown_ks
 from megatron_riskpo.observability.charts import COLORS, Chart, finish, new_figure
 from megatron_riskpo.observability.report import draw, render_page, save_page
@@ -23,17 +23,21 @@ class ShownTable:
 
     def printed(self) -> str:
         """As lines to print."""
-        table = RichTable(title=self.caption, title_justify="left")
+        table = RichTable()
         for index, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if index else "left")
         for row in self.rows:
             table.add_row(*row)
-        return render(table)
+        # A title of the table would be broken at the table's width.
+        return f"{self.caption}\n{render(table)}"
 
 
 def tables_of(comparison: Comparison) -> list[ShownTable]:
-    """The shares and their differences; the difficulty bins."""
-    return [shares_table(comparison), bins_table(comparison)]
+    """The shares and their differences; the data sources, where there are several; the difficulty bins."""
+    name, sources = comparison.name, comparison.sources
+    by_source = [bins_table(f"{name}: pass@1 by source", "source", sources)] if sources else []
+    by_difficulty = bins_table(f"{name}: by difficulty, the mean pass rate of both", "solved", comparison.bins)
+    return [shares_table(comparison), *by_source, by_difficulty]
 
 
 def shares_table(comparison: Comparison) -> ShownTable:
@@ -47,14 +51,13 @@ def shares_table(comparison: Comparison) -> ShownTable:
     return ShownTable(caption, ["", "A", "B", "B - A (points)"], rows)
 
 
-def bins_table(comparison: Comparison) -> ShownTable:
+def bins_table(caption: str, heading: str, bins: Sequence[Bin]) -> ShownTable:
     """Where the difference comes from."""
     rows = [
         [own.label, str(own.num_questions), f"{100 * own.a:.1f} %", f"{100 * own.b:.1f} %", points(own.difference)]
-        for own in comparison.bins
+        for own in bins
     ]
-    caption = f"{comparison.name}: by difficulty, the mean pass rate of both"
-    return ShownTable(caption, ["solved", "questions", "A", "B", "B - A (points)"], rows)
+    return ShownTable(caption, [heading, "questions", "A", "B", "B - A (points)"], rows)
 
 
 def sign_text(test: SignTest) -> str:

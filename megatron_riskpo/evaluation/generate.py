@@ -13,7 +13,7 @@ from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.data.stream import sample_seeds
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.benchmarks import Benchmark
-from megatron_riskpo.evaluation.grading import SOLVED_ABOVE, grade, predicted_answer
+from megatron_riskpo.evaluation.grading import SOLVED_ABOVE, predicted_answer, sample_and_grade
 from megatron_riskpo.evaluation.outputs import (
     GRADING_ERROR,
     RESULTS_FOLDER,
@@ -22,8 +22,10 @@ from megatron_riskpo.evaluation.outputs import (
     output_file,
     read_partial,
 )
+from megatron_riskpo.rewards.from_config import references_of
 from megatron_riskpo.rewards.pool import GraderPool
-from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, SamplingConfig
+from megatron_riskpo.rewards.reference import Reference
+from megatron_riskpo.rollout.types import Rollouts, SamplingConfig, SamplingEngine
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Task:
 class Sampler:
     """What turns tasks into lines of the output files; the same on every rank."""
 
-    engine: RolloutEngine
+    engine: SamplingEngine
     sampling: SamplingConfig
     tokenizer: Any
     pool: GraderPool
@@ -50,18 +52,27 @@ class Sampler:
         """A line a task, in order. Collective."""
         start = time.time()
         prompts = [benchmarks[task.benchmark].prompts[task.question] for task in tasks]
-        rollouts = self.engine.generate(prompts, self.sampling, task_seeds(benchmarks, tasks))
+        references = self._references(benchmarks, tasks)
+        rollouts, rewards = sample_and_grade(
+            self.engine, prompts, references, self.sampling, task_seeds(benchmarks, tasks), self.tokenizer, self.pool,
+            self.rewards, self.world,
+        )  # fmt: skip
         end = time.time()
-        questions = [benchmarks[task.benchmark].questions[task.question] for task in tasks]
-        rewards = grade(rollouts, questions, self.tokenizer, self.pool, self.rewards, self.world)
         texts = self.tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
         lines = []
         for row, (task, text) in enumerate(zip(tasks, texts, strict=True)):
             own = benchmarks[task.benchmark].lines[task.question]
             verdict = _verdict(float(rewards.matrix[row, 0]), bool(rewards.errors[row, 0]))
-            answer = {"predicted_answer": predicted_answer(text, self.rewards)}
+            answer = {"predicted_answer": predicted_answer(text, references[row].grader, self.rewards)}
             lines.append({**own, **_generation(rollouts, row, text, start, end), **answer, **verdict})
         return lines
+
+    def _references(self, benchmarks: Mapping[str, Benchmark], tasks: Sequence[Task]) -> list[Reference]:
+        """One a task; tasks of one question share it, so that equal answers are graded once."""
+        places = list(dict.fromkeys((task.benchmark, task.question) for task in tasks))
+        questions = [benchmarks[name].questions[index] for name, index in places]
+        shared = dict(zip(places, references_of(questions, self.rewards), strict=True))
+        return [shared[task.benchmark, task.question] for task in tasks]
 
 
 def pending_tasks(folder: Path, benchmarks: Mapping[str, Benchmark], seeds: Sequence[int], greedy: bool) -> list[Task]:
@@ -122,7 +133,7 @@ def _by_file(tasks: Sequence[Task], lines: Sequence[Line]) -> dict[tuple[str, in
 
 
 def _generation(rollouts: Rollouts, row: int, text: str, start: float, end: float) -> Line:
-    """Times are those of the batch that the response was sampled in."""
+    """Times are those of the batch that the response was sampled and graded in."""
     return {
         "generation": text,
         "num_generated_tokens": int(rollouts.response_lengths[row]),

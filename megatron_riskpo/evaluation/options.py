@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.config import EvaluationConfig, ModelConfig, PromptConfig, RewardConfig, RolloutConfig, RunConfig
+from megatron_riskpo.config import (
+    EvaluationConfig,
+    ModelConfig,
+    PromptConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ServerConfig,
+)
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_io import RUN_RECORD, config_of_table, load_model_config
+from megatron_riskpo.config_rules import Setup
+from megatron_riskpo.config_servers import server_urls
 from megatron_riskpo.errors import UsageError
 
 IDLE_OPTIONS = (
@@ -17,8 +27,11 @@ IDLE_OPTIONS = (
     *("rollout.max_staleness", "rollout.sleep"),
     *("rewards.overlong_buffer_tokens", "rewards.overlong_penalty", "rewards.format_bonus"),
     *("evaluation.every", "evaluation.ks", "evaluation.num_samples", "model.path"),
+    *("server.push_timeout_s", "server.start_timeout_s", "server.max_restarts", "server.transfer_dir"),
 )
 """Options of these sections that mean nothing here, or that a flag of the command sets."""
+SERVERS_OWN = ("rollout.tp", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "model.dtype")
+"""Options of the engine in this process; a server has its own."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +42,16 @@ class EvaluateConfig:
     model: ModelConfig = ModelConfig()
     data: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
+    server: ServerConfig = ServerConfig()
     rewards: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def load_options(model: Path, num_samples: int, overrides: Sequence[str]) -> EvaluateConfig:
+def load_options(
+    model: Path, num_samples: int, overrides: Sequence[str], servers: Sequence[str] = ()
+) -> EvaluateConfig:
     """The options for a Hugging Face folder (defaults), or for a run folder (the run's own); then `overrides`.
+    `servers`: addresses of those that are asked, in place of vLLM in this process.
 
     The model of a run is its hf/. Raises UsageError: no such model, a model without weights, an option that is wrong or
     means nothing here.
@@ -47,10 +64,12 @@ def load_options(model: Path, num_samples: int, overrides: Sequence[str]) -> Eva
             f"riskpo convert megatron-to-hf {model} OUT, and give --model OUT"
         )
     check_model_folder(folder)
-    for token in overrides:
-        key = token.removeprefix("--").partition("=")[0]
-        if token.startswith("--") and key in IDLE_OPTIONS:
-            raise UsageError(f"--{key} has no effect on an evaluation (riskpo evaluate --help); take it out")
+    _refuse_idle(overrides, servers)
+    if servers:
+        # One process suffices to ask; a run's layout is that of its engine.
+        table.get("run", {}).pop("ranks", None)
+        table.get("rollout", {}).pop("tp", None)
+        table.setdefault("rollout", {})["server_urls"] = list(servers)
     table.setdefault("model", {})["path"] = str(folder)
     table.setdefault("evaluation", {})["num_samples"] = num_samples
     config = config_of_table(EvaluateConfig, table, str(model / RUN_RECORD), overrides)
@@ -58,6 +77,19 @@ def load_options(model: Path, num_samples: int, overrides: Sequence[str]) -> Eva
     if problem:
         raise UsageError(problem)
     return config
+
+
+def _refuse_idle(overrides: Sequence[str], servers: Sequence[str]) -> None:
+    for token in overrides:
+        key = token.removeprefix("--").partition("=")[0]
+        if not token.startswith("--"):
+            continue
+        if key in IDLE_OPTIONS:
+            raise UsageError(f"--{key} has no effect on an evaluation (riskpo evaluate --help); take it out")
+        if servers and key in SERVERS_OWN:
+            raise UsageError(f"--{key} has no effect with --server: it is riskpo serve's; take it out")
+        if not servers and key.startswith("server."):
+            raise UsageError(f"--{key} has no effect without --server; take it out, or name servers")
 
 
 def check_model_folder(folder: Path) -> None:
@@ -83,7 +115,10 @@ def _record(folder: Path) -> dict[str, Any]:
 def _run_options(folder: Path) -> dict[str, Any]:
     """Of the run's options those that say how it asks and grades; the engine is always vLLM."""
     config = _record(folder)["config"]
-    taken = {name: dict(config.get(name, {})) for name in ("run", "model", "data", "rollout", "rewards", "evaluation")}
+    taken = {
+        name: dict(config.get(name, {}))
+        for name in ("run", "model", "data", "rollout", "server", "rewards", "evaluation")
+    }
     for name in taken["rollout"].keys() & {"engine", "placement", "servers", "server_urls", "max_staleness", "sleep"}:
         del taken["rollout"][name]
     return taken
@@ -95,4 +130,4 @@ def _problem(config: EvaluateConfig) -> str | None:
         return f"evaluation.temperature = 0 gives {num} times the same answer; use --num-samples 1"
     if ranks and ranks % tp:
         return f"rollout.tp = {tp} does not divide run.ranks = {ranks}; change one of them"
-    return None
+    return server_urls(Setup(config, ranks, {}))

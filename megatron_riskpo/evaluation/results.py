@@ -22,6 +22,8 @@ class Results:
     """Q: the field `id`, or the problem's text where there is none."""
     problems: list[str]
     """Q, for people to read; empty where the files do not say."""
+    sources: list[str]
+    """Q: the field `source`; empty where the files do not say."""
     correct: NDArray[np.bool_]
     """[Q, n]; False where the response could not be graded."""
     errors: NDArray[np.bool_]
@@ -51,6 +53,7 @@ class Results:
             self,
             keys=[self.keys[row] for row in rows],
             problems=[self.problems[row] for row in rows],
+            sources=[self.sources[row] for row in rows],
             correct=self.correct[rows],
             errors=self.errors[rows],
             predicted=[self.predicted[row] for row in rows],
@@ -88,6 +91,7 @@ def results_of(name: str, files: dict[str, list[Line]]) -> Results:
         name=name,
         keys=keys,
         problems=[str(line.get("problem", "")) for line in first],
+        sources=[str(line.get("source", "")) for line in first],
         correct=np.array(verdicts, dtype=bool),
         errors=np.array([[bool(line.get(GRADING_ERROR)) for line in lines] for lines in rows]),
         predicted=[[line["predicted_answer"] for line in lines] for lines in rows],

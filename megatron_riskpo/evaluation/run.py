@@ -25,7 +25,7 @@ from megatron_riskpo.evaluation.settings import check_settings, settings, write_
 from megatron_riskpo.evaluation.summary import summarize, table, write_intervals
 from megatron_riskpo.rewards.from_config import references_of
 from megatron_riskpo.rewards.start import started_pool
-from megatron_riskpo.rollout.types import SamplingConfig
+from megatron_riskpo.rollout.types import SamplingConfig, SamplingEngine
 
 BATCHES_PER_ENGINE = 4
 """Answers of a batch, in units of the sequences that the engines decode at a time: what a killed evaluation loses."""
@@ -84,16 +84,11 @@ def _ask(
     config: EvaluateConfig, benchmarks: dict[str, Benchmark], tasks: list[Task], tokenizer: Any, out: Path,
     world: ProcessGroup, stop: StopSignal, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
-    from megatron_riskpo.rollout.vllm_engine import VllmEngine
-
     questions = [question for benchmark in benchmarks.values() for question in benchmark.questions]
     with contextlib.ExitStack() as stack:
         graded = list(zip(questions, references_of(questions, config.rewards), strict=True))
         pool = started_pool(config, graded, world, say, stack)
-        engine = VllmEngine(
-            config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_model_len(config),
-            world_group=world, seed=config.run.seed, load_checkpoint=True,
-        )  # fmt: skip
+        engine = _engine(config, world, say)
         stack.callback(engine.close)
         sampling = SamplingConfig(
             group_size=1,
@@ -102,8 +97,27 @@ def _ask(
             stop_token_ids=stop_token_ids(config.model.path, tokenizer),
         )
         sampler = Sampler(engine, sampling, tokenizer, pool, config.rewards, world)
-        batch_size = BATCHES_PER_ENGINE * config.rollout.max_num_seqs * (world.size() // config.rollout.tp)
+        num_engines = len(config.rollout.server_urls) or world.size() // config.rollout.tp
+        batch_size = BATCHES_PER_ENGINE * config.rollout.max_num_seqs * num_engines
         return fill(out, benchmarks, tasks, sampler, batch_size, lambda: agree(stop, world), say)
+
+
+def _engine(config: EvaluateConfig, world: ProcessGroup, say: Callable[[str], None]) -> SamplingEngine:
+    max_length = max_model_len(config)
+    if config.rollout.server_urls:
+        from megatron_riskpo.rollout.served_model import ServedModel
+
+        vocab_size = load_model_config(config.model.path, "--model")["vocab_size"]
+        return ServedModel(
+            Path(config.model.path), config.rollout.server_urls, config.server, max_model_len=max_length,
+            vocab_size=vocab_size, world_group=world, log=say,
+        )  # fmt: skip
+    from megatron_riskpo.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_length, world_group=world,
+        seed=config.run.seed, load_checkpoint=True,
+    )  # fmt: skip
 
 
 def _shared(make: Callable[[], list[Task]], world: ProcessGroup) -> list[Task]:

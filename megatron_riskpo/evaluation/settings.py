@@ -18,7 +18,7 @@ FREE_OPTIONS = (
     *("rollout.gpu_memory_utilization", "rewards.workers", "rewards.timeout_s", "rewards.max_error_share"),
     "rewards.gold_checks",
 )
-"""Options that change the speed of an evaluation, not what it asks."""
+"""Options that change the speed of an evaluation, not what it asks; so do all of [server]."""
 NUM_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 """What is read of each weight file to tell it from another: training moves all of a model's weights."""
 
@@ -30,7 +30,7 @@ def settings(config: EvaluateConfig, benchmarks: Mapping[str, Benchmark]) -> dic
         f"{section}.{name}": value
         for section, values in resolved(config).items()
         for name, value in values.items()
-        if f"{section}.{name}" not in (*IDLE_OPTIONS, *FREE_OPTIONS)
+        if section != "server" and f"{section}.{name}" not in (*IDLE_OPTIONS, *FREE_OPTIONS)
     }
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".model"))
     weights = sorted(folder.glob("*.safetensors"))

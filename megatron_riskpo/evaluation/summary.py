@@ -16,6 +16,7 @@ from megatron_riskpo.evaluation.intervals import mean_intervals, share_intervals
 from megatron_riskpo.evaluation.nemo_metrics import question_majority_at_k
 from megatron_riskpo.evaluation.passk import question_pass_at_k
 from megatron_riskpo.evaluation.results import Results
+from megatron_riskpo.rewards.reference import rows_by_source
 
 INTERVALS_FILE = "intervals.json"
 TABLE_WIDTH = 100
@@ -44,6 +45,8 @@ class Summary:
     """Responses that could not be graded. They count as not solved in `shares`."""
     if_errors_were_right: dict[str, float]
     """pass@k with them counted as solved, where there are any: how much they can matter."""
+    sources: dict[str, "Summary"]
+    """Of the questions of each data source; empty where there is only one."""
 
 
 def summarize(results: Results) -> Summary:
@@ -65,6 +68,7 @@ def summarize(results: Results) -> Summary:
         if_errors_were_right=(
             {f"pass@{k}": float(value) for k, value in zip(ks, best_case, strict=True)} if num_errors else {}
         ),
+        sources={source: summarize(results.take(rows)) for source, rows in rows_by_source(results.sources).items()},
     )
 
 
@@ -108,7 +112,23 @@ def shown_ks(num_samples: int) -> list[int]:
 
 
 def table(summaries: dict[str, Summary]) -> str:
-    """A line for each figure, a column for each benchmark."""
+    """A line for each figure, a column for each benchmark; then the data sources of each that has several."""
+    by_source = [source_table(name, summary) for name, summary in summaries.items() if summary.sources]
+    return "\n".join([_figures(summaries), *by_source])
+
+
+def source_table(name: str, summary: Summary) -> str:
+    """A line for each data source, in few figures; intervals.json has all."""
+    shown = list(dict.fromkeys(("pass@1", f"pass@{summary.num_samples}")))
+    rich_table = RichTable(title=f"{name}, by source", title_justify="left")
+    for column in ("", "questions", *shown, "not graded (errors)"):
+        rich_table.add_column(column, justify="right" if column else "left")
+    for source, own in summary.sources.items():
+        rich_table.add_row(source, str(own.num_questions), *(percent(own.shares[k]) for k in shown), str(own.errors))
+    return render(rich_table)
+
+
+def _figures(summaries: dict[str, Summary]) -> str:
     rich_table = RichTable(title="mean [95 % interval over questions]", title_justify="left")
     rich_table.add_column("")
     for name in summaries:

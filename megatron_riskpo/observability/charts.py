@@ -1,7 +1,9 @@
 """The report's charts: which metrics stand together, and how they are drawn."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 import plotly.graph_objects as go
@@ -72,7 +74,7 @@ CURVES = (
 
 def build_charts(rows: Rows) -> list[Chart]:
     """Every chart that the metrics have values for; evaluation first."""
-    candidates = [evaluation_chart(rows), *(curves_chart(rows, curves) for curves in CURVES)]
+    candidates = [evaluation_chart(rows), *(curves_chart(rows, curves) for curves in (*CURVES, source_curves(rows)))]
     candidates += [effective_weight_chart(rows), phase_chart(rows)]
     return [chart for chart in candidates if chart is not None]
 
@@ -80,7 +82,7 @@ def build_charts(rows: Rows) -> list[Chart]:
 def evaluation_chart(rows: Rows) -> Chart | None:
     """pass@k at the steps that were evaluated."""
     figure = new_figure("pass@k", "step")
-    for color, key in zip(COLORS, evaluation_keys(rows), strict=False):
+    for color, key in zip(cycle(COLORS), evaluation_keys(rows), strict=False):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         set_name, _, measure = key.removeprefix("eval/").rpartition("/")
@@ -104,11 +106,20 @@ def _bars(rows: Rows, key: str) -> dict[str, object] | None:
     }  # fmt: skip
 
 
+def source_curves(rows: Rows) -> Curves:
+    """The training reward of each data source; none where a run has one source."""
+    keys = sorted({key for row in rows for key in row if re.fullmatch(r"reward/.+/mean", key)})
+    names = {key: key.removeprefix("reward/").removesuffix("/mean") for key in keys}
+    return Curves(
+        "Training reward by source", "Mean reward of the responses to each source's questions.", names, "share"
+    )
+
+
 def curves_chart(rows: Rows, curves: Curves) -> Chart | None:
     """A faint line of the values and a strong one of their moving average, each metric."""
     figure = new_figure(curves.unit, "step")
     present = {key: name for key, name in curves.series.items() if values_of(rows, key)}
-    for color, (key, name) in zip(COLORS, present.items(), strict=False):
+    for color, (key, name) in zip(cycle(COLORS), present.items(), strict=False):
         points = [(row["step"], row.get(key)) for row in rows if key in row]
         steps, values = [step for step, _ in points], [value for _, value in points]
         figure.add_scatter(

@@ -60,9 +60,9 @@ class GraderPool:
         for start in self._starts:
             start.result()
 
-    def submit(self, response: str, reference: Reference) -> "Future[Grade]":
-        """Grade one response in the background, beside whatever the caller does meanwhile. Waits while too many
-        responses wait already. Raises UsageError if a grader cannot be used."""
+    def submit(self, response: str, reference: Reference, *, waits: bool = True) -> "Future[Grade]":
+        """Grade one response in the background, beside whatever the caller does meanwhile. `waits`: until fewer than
+        PENDING_PER_WORKER a worker are pending. Raises UsageError if a grader cannot be used."""
         for start in self._starts:
             if start.done():
                 start.result()
@@ -74,26 +74,19 @@ class GraderPool:
             done: Future[Grade] = Future()
             done.set_result(Grade(quick))
             return done
-        self._room.acquire()
+        if waits:
+            self._room.acquire()
         future = self._threads.submit(self._grade, response, reference)
-        future.add_done_callback(lambda _: self._room.release())
+        if waits:
+            future.add_done_callback(lambda _: self._room.release())
         return future
 
     def score(self, responses: Sequence[str], references: Sequence[Reference]) -> list[Grade]:
-        """One Grade a response, in order. Takes at most about num_responses / workers * the limit of one grading.
-
-        Equal responses to the same question are graded once where the grader is built in: a policy that has learned
-        gives the same answer often. (A user's own grader may toss coins.)
-        """
-        submitted: dict[tuple[str, int], Future[Grade]] = {}
-        futures = []
+        """One Grade a response, in order. Takes at most about num_responses / workers * the limit of one grading."""
+        batch = GradingBatch(self)
         for response, reference in zip(responses, references, strict=True):
-            key = (response, id(reference))
-            future = submitted.get(key) or self.submit(response, reference)
-            if reference.grader in BUILT_IN:
-                submitted[key] = future
-            futures.append(future)
-        return self.gather(futures)
+            batch.submit(response, reference)
+        return batch.grades()
 
     def gather(self, futures: "Sequence[Future[Grade]]") -> list[Grade]:
         """The grades of what was submitted, in the order of `futures`; says how far it is."""
@@ -138,6 +131,36 @@ class GraderPool:
         finally:
             self._idle.put(process)
         return Grade(outcome["score"]) if "score" in outcome else Grade(math.nan, outcome["error"])
+
+
+class GradingBatch:
+    """Responses that are handed in one by one, as they come, and whose grades are taken together.
+
+    Equal responses to the same question are graded once where the grader is built in: a policy that has learned gives
+    the same answer often. (A user's own grader may toss coins.)
+    """
+
+    def __init__(self, pool: GraderPool) -> None:
+        self._pool = pool
+        self._futures: list[Future[Grade]] = []
+        # With the reference: while it is here no other object has its id.
+        self._submitted: dict[tuple[str, int], tuple[Future[Grade], Reference]] = {}
+
+    def submit(self, response: str, reference: Reference) -> None:
+        """Grade it in the background; raises as GraderPool.submit. Never waits: a rollout engine that did would keep
+        its other ranks waiting in a collective, and whoever made the batch holds its texts anyway."""
+        key = (response, id(reference))
+        if key in self._submitted:
+            self._futures.append(self._submitted[key][0])
+            return
+        future = self._pool.submit(response, reference, waits=False)
+        if reference.grader in BUILT_IN:
+            self._submitted[key] = (future, reference)
+        self._futures.append(future)
+
+    def grades(self) -> list[Grade]:
+        """One Grade a response, in the order in which they were handed in; waits for those that are missing."""
+        return self._pool.gather(self._futures)
 
 
 def fill_errors(rewards: Tensor) -> Tensor:

@@ -64,6 +64,14 @@ def check_grader_name(grader: str) -> None:
         )
 
 
+def rows_by_source(sources: Iterable[str]) -> dict[str, list[int]]:
+    """{source: positions}, by name; empty where all are of one source: there is nothing to tell apart."""
+    rows: dict[str, list[int]] = {}
+    for row, source in enumerate(sources):
+        rows.setdefault(source, []).append(row)
+    return {source: rows[source] for source in sorted(rows)} if len(rows) > 1 else {}
+
+
 def graders_of(references: Iterable[Reference]) -> list[str]:
     """The different graders, in order."""
     return list(dict.fromkeys(item.grader for item in references))

@@ -18,9 +18,9 @@ from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rollout.cached_decoder import CachedDecoder, decoding_form
 from megatron_riskpo.rollout.prompt_checks import check_prompts
-from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of, tell_share
 from megatron_riskpo.rollout.sampling import choose_tokens, response_uniforms
-from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
+from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 
 COMPACT_BELOW = 0.8
 """Finished sequences leave the cache once fewer than this share of its rows is unfinished: a copy costs about one
@@ -62,8 +62,12 @@ class MegatronEngine:
     def close(self) -> None:
         """Nothing is held between calls."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
-        """See RolloutEngine. Prompts are dealt to the data-parallel ranks in contiguous slices."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
+    ) -> Rollouts:  # fmt: skip
+        """See RolloutEngine. Prompts are dealt to the data-parallel ranks in contiguous slices; responses are told of
+        together at the end."""
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         vocab_size = self._model.real_vocab_size
@@ -73,7 +77,9 @@ class MegatronEngine:
             local = self._respond(prompts[mine], sampling, seeds[mine])
         # Every rank of a model replica holds `local`, so the data-parallel group alone carries all of it.
         responses = gather_responses(local, len(prompts), sampling.group_size, tp=1, group=self._grid.dp)
-        return join_prompts(prompts, sampling.group_size, responses)
+        rollouts = join_prompts(prompts, sampling.group_size, responses)
+        tell_share(rollouts, self._grid.world, on_finished)
+        return rollouts
 
     def _respond(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Responses:
         """This replica's responses; row p*G+g is response g to prompt p."""

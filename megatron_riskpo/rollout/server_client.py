@@ -30,6 +30,16 @@ class Segment:
     """stop, length, or abort (the server was paused)."""
 
 
+@dataclass(frozen=True)
+class ModelCard:
+    """What a server says of its model."""
+
+    path: str
+    """As the server was given it."""
+    max_model_len: int
+    """Longest prompt + response, in tokens."""
+
+
 class ServerClient:
     """Calls of one server. All raise ServerError with the server's address and what went wrong."""
 
@@ -47,13 +57,13 @@ class ServerClient:
 
     async def weight_version(self, timeout_s: float) -> int:
         """Of the weights it says it has; -1: none of ours."""
-        return _version(await self._weight_label(timeout_s))
+        return _version(await self.weight_label(timeout_s))
 
     async def can_take_weights(self, timeout_s: float) -> bool:
         """Whether it is healthy, and no push broke off in it: of that only a restart heals it."""
         try:
             await self._call("GET", "/health", None, timeout_s)
-            return not (await self._weight_label(timeout_s)).startswith(_HALF_UPDATED)
+            return not (await self.weight_label(timeout_s)).startswith(_HALF_UPDATED)
         except ServerError:
             return False
 
@@ -69,8 +79,18 @@ class ServerClient:
         if found != version:
             raise ServerError(f"{self.url} reports version {found} after a push of version {version}")
 
-    async def _weight_label(self, timeout_s: float) -> str:
+    async def weight_label(self, timeout_s: float) -> str:
+        """What it calls its weights."""
         return str((await self._call("GET", "/weight_info", None, timeout_s)).get("weight_version"))
+
+    async def model_card(self, timeout_s: float) -> ModelCard:
+        """Of the model that it serves."""
+        body = await self._call("GET", "/v1/models", None, timeout_s)
+        try:
+            card = body["data"][0]
+            return ModelCard(str(card["root"]), int(card["max_model_len"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerError(f"{self.url} does not say what model it serves ({error}): {str(body)[:200]}") from error
 
     async def generate(self, prompt: Sequence[int], sampling: dict[str, Any], timeout_s: float) -> Segment:
         """Continue the prompt; `sampling` is vLLM's SamplingParams."""

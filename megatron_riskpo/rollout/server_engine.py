@@ -25,14 +25,13 @@ from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
 from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.prompt_checks import check_prompts
-from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of, tell_share
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
 from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
-from megatron_riskpo.rollout.server_pool import Response, ServerPool
+from megatron_riskpo.rollout.server_pool import Response, ServerPool, responses_to
 from megatron_riskpo.rollout.server_process import ServerProcess, server_processes
 from megatron_riskpo.rollout.server_push import Push
-from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
-from megatron_riskpo.rollout.vllm_arguments import request_seeds
+from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 
 Weights = Iterable[NamedTensor]
 
@@ -90,7 +89,7 @@ class ServerEngine:
         self._stack = contextlib.ExitStack()
         self._loop = LoopThread()
         self._stack.callback(self._loop.close)
-        session = self._loop.run(_open_session())
+        session = self._loop.run(open_session())
         self._stack.callback(lambda: self._loop.run(session.close()))
         says = log if world_group.rank() == 0 else _say_nothing
         self._pool = ServerPool(lambda url: ServerClient(url, session), config.server, says)
@@ -140,10 +139,13 @@ class ServerEngine:
         """Version of the last complete push; -1 before the first."""
         return self._weight_version
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
+    ) -> Rollouts:  # fmt: skip
         """See RolloutEngine. Seeds fix the tokens whichever server answers; the batches that it forms may change the
         last bits of log-probs."""
-        return self.collect(self.submit(prompts, sampling, seeds))
+        return self.collect(self.submit(prompts, sampling, seeds), on_finished)
 
     def submit(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
@@ -151,24 +153,23 @@ class ServerEngine:
         """Ask for responses to this rank's share of the prompts (all ranks call it with the same); does not wait."""
         check_prompts(prompts, sampling.max_response_tokens, self._max_model_len, self._vocab_size)
         mine = slice_of(len(prompts), self._group.size(), self._group.rank())
-        responses = [
-            Response(prompt, request_seed, self._weight_version)
-            for prompt, seed in zip(prompts[mine], seeds[mine], strict=True)
-            for request_seed in request_seeds(seed, sampling.group_size)
-        ]
+        responses = responses_to(prompts[mine], sampling, seeds[mine], self._weight_version)
         future = self._loop.submit(self._pool.complete_all(responses, sampling))
         return PendingRollouts([list(prompt) for prompt in prompts], sampling, responses, future)
 
-    def collect(self, pending: PendingRollouts) -> Rollouts:
-        """The rollouts, whole on every rank. Collective. Servers that fail meanwhile are started again and given the
-        weights again, where no other can take over. Raises RunError, on every rank, where that does not help."""
+    def collect(self, pending: PendingRollouts, on_finished: OnFinished | None = None) -> Rollouts:
+        """The rollouts, whole on every rank; `on_finished` is told of all together. Collective. Servers that fail
+        meanwhile are started again and given the weights again, where no other can take over. Raises RunError, on every
+        rank, where that does not help."""
         for _ in range(1 + self._config.server.max_restarts):
             self._finish_local(pending)
             unfinished = self._settle(pending)
             if not unfinished:
-                local = _to_responses(pending.responses)
+                local = to_responses(pending.responses)
                 gathered = gather_responses(local, len(pending.prompts), pending.sampling.group_size, 1, self._group)
-                return join_prompts(pending.prompts, pending.sampling.group_size, gathered)
+                rollouts = join_prompts(pending.prompts, pending.sampling.group_size, gathered)
+                tell_share(rollouts, self._group, on_finished)
+                return rollouts
             self.update_weights(self._export(), self._weight_version)
         raise RunError(
             f"{unfinished} responses could not be sampled, with {self._config.server.max_restarts} restarts of the "
@@ -288,12 +289,14 @@ def _say_nothing(message: str) -> None:
     """Rank 0 speaks for all."""
 
 
-async def _open_session() -> aiohttp.ClientSession:
+async def open_session() -> aiohttp.ClientSession:
+    """For ServerClient; to be closed in the same event loop."""
     # The pool bounds the number of requests.
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
 
-def _to_responses(responses: Sequence[Response]) -> Responses:
+def to_responses(responses: Sequence[Response]) -> Responses:
+    """Finished ones as one message."""
     flat = {name: [v for r in responses for v in getattr(r, name)] for name in ("tokens", "logprobs", "versions")}
     return Responses(
         lengths=torch.tensor([len(r.tokens) for r in responses], dtype=torch.int32),

@@ -12,6 +12,7 @@ from megatron_riskpo.config import ServerConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.server_client import Segment, ServerClient, ServerError
 from megatron_riskpo.rollout.types import SamplingConfig
+from megatron_riskpo.rollout.vllm_arguments import request_seeds
 
 BACKOFF_S = 0.25
 """After the first failure of a server nothing is sent to it for so long; doubled with each further one."""
@@ -228,6 +229,17 @@ class ServerPool:
             self.give_up(
                 server, f"{server.client.url} did not answer its health check within {timeout_s:g} s, or is dead"
             )
+
+
+def responses_to(
+    prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], version: int
+) -> list[Response]:
+    """Yet to be sampled, group_size a prompt, each with a seed of its own; `version`: the oldest weights for them."""
+    return [
+        Response(prompt, request_seed, version)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+        for request_seed in request_seeds(seed, sampling.group_size)
+    ]
 
 
 def sampling_parameters(sampling: SamplingConfig, seed: int, max_tokens: int) -> dict[str, Any]:

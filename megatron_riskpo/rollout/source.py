@@ -1,6 +1,6 @@
 """The rollouts of each step, and of the steps after it while the step trains."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -9,7 +9,7 @@ import torch
 from megatron_riskpo.data.mixture import MixedStream
 from megatron_riskpo.data.stream import PromptStream, sample_seeds
 from megatron_riskpo.errors import RunError
-from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, SamplingConfig
+from megatron_riskpo.rollout.types import OnFinished, RolloutEngine, Rollouts, SamplingConfig
 
 
 class PrefetchingEngine(Protocol):
@@ -19,8 +19,8 @@ class PrefetchingEngine(Protocol):
         """Begin; returns at once."""
         ...
 
-    def collect(self, pending: Any) -> Rollouts:
-        """The rollouts of a `submit`. Collective."""
+    def collect(self, pending: Any, on_finished: OnFinished | None = None) -> Rollouts:
+        """The rollouts of a `submit`; `on_finished` as RolloutEngine's. Collective."""
         ...
 
 
@@ -58,15 +58,22 @@ class RolloutSource:
         self._max_staleness, self._num_steps = max_staleness, num_steps
         self._ahead: dict[int, _Ahead] = {}
 
-    def draw(self, step: int, draw: int) -> tuple[list[int], Rollouts]:
-        """Question indices and rollouts of the step's draw (from 0). Raises RunError where a token was sampled with
-        weights that are older than allowed."""
+    def draw(
+        self, step: int, draw: int, on_finished: Callable[[int, int, Sequence[int]], None] = lambda *told: None
+    ) -> tuple[list[int], Rollouts]:
+        """Question indices and rollouts of the step's draw (from 0). `on_finished` is told of each response, on one
+        rank, before this returns: its row in the rollouts, its question's index, its tokens. Raises RunError where a
+        token was sampled with weights that are older than allowed."""
         ahead = self._ahead.pop(step, None) if draw == 0 else None
+        rows = ahead.rows if ahead is not None else self._stream.next_batch()
+
+        def tell(row: int, tokens: Sequence[int]) -> None:
+            on_finished(row, rows[row // self.sampling.group_size], tokens)
+
         if ahead is not None and ahead.pending is not None:
-            rows, rollouts = ahead.rows, cast(PrefetchingEngine, self._engine).collect(ahead.pending)
+            rollouts = cast(PrefetchingEngine, self._engine).collect(ahead.pending, tell)
         else:
-            rows = ahead.rows if ahead is not None else self._stream.next_batch()
-            rollouts = self._engine.generate(*self._request(step, rows, draw))
+            rollouts = self._engine.generate(*self._request(step, rows, draw), tell)
         self._check_staleness(step, rollouts)
         return rows, rollouts
 

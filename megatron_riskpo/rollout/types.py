@@ -3,12 +3,15 @@
 N = number of sequences = num_prompts * group_size; the group of prompt p is rows p*G .. p*G+G-1.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+OnFinished = Callable[[int, Sequence[int]], None]
+"""Told of a finished response: its row among the batch's N, and its tokens, the stop token included."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,31 @@ def _pick(pieces: Sequence[Tensor], rows: Sequence[int], whole: Tensor) -> Tenso
     return torch.cat([pieces[i] for i in rows]) if len(rows) else whole[:0]
 
 
-class RolloutEngine(Protocol):
-    """A sampler that runs SPMD in the training processes: every rank makes the same calls with the same
-    arguments and gets the same, whole result, however the engine spreads the work."""
+class SamplingEngine(Protocol):
+    """A sampler that runs SPMD: every rank makes the same calls with the same arguments and gets the same, whole
+    result, however the engine spreads the work."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
+    ) -> Rollouts:  # fmt: skip
+        """group_size responses to each prompt (token ids), in order. `seeds` (one a prompt, 0 <= seed < 2**63)
+        fix the samples: the same weights, prompts and seeds give the same responses.
+
+        `on_finished` is called for each response on exactly one rank, in any order, while others are still sampled
+        where the engine can, and at the latest before this returns."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; the process groups stay usable."""
+        ...
+
+
+class RolloutEngine(SamplingEngine, Protocol):
+    """One in the training processes, which gets new weights after every step."""
 
     shares_weights: ClassVar[bool]
     """Samples from the actor's own parameters: `update_weights` reads no tensors, so none need be exported."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
-        """group_size responses to each prompt (token ids), in order. `seeds` (one a prompt, 0 <= seed < 2**63)
-        fix the samples: the same weights, prompts and seeds give the same responses."""
-        ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take new weights: (Hugging Face name, full tensor) pairs, the same on every rank. `version` is what
@@ -113,10 +130,6 @@ class RolloutEngine(Protocol):
 
     def release(self) -> None:
         """No `generate` comes before the next `update_weights`: memory that the trainer can use may go back."""
-        ...
-
-    def close(self) -> None:
-        """Free what the engine holds; the process groups stay usable."""
         ...
 
 

@@ -6,7 +6,7 @@ import itertools
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from megatron_riskpo.resharding.shard_sink import VllmShardSink
 from megatron_riskpo.resharding.vllm_sink import checkpoint_shapes, drop_cached_prefixes, push_weights
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
-from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
+from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 from megatron_riskpo.rollout.vllm_arguments import engine_arguments, request_seeds
 from megatron_riskpo.rollout.vllm_environment import (
     import_vllm,
@@ -80,7 +80,10 @@ class VllmEngine:
         """Version of the last complete update; -1 before the first."""
         return self._weight_version
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
+        on_finished: OnFinished | None = None,
+    ) -> Rollouts:  # fmt: skip
         """See RolloutEngine. Prompts are dealt to the engines in contiguous slices. The same weights, prompts and
         seeds give the same bits on the same layout; another number of engines changes the batches that vLLM forms,
         so log-probs may differ in the last bits."""
@@ -88,7 +91,8 @@ class VllmEngine:
         check_prompts(prompts, sampling.max_response_tokens, self._max_model_len, self._vocab_size)
         num_replicas, replica = self._group.size() // self._tp, self._group.rank() // self._tp
         mine = slice_of(len(prompts), num_replicas, replica)
-        outputs = self._run(prompts[mine], sampling, seeds[mine])
+        tell = self._teller(on_finished, mine.start * sampling.group_size)
+        outputs = self._run(prompts[mine], sampling, seeds[mine], tell)
         local = _to_responses(outputs, self._weight_version)
         return join_prompts(
             prompts,
@@ -96,8 +100,18 @@ class VllmEngine:
             gather_responses(local, len(prompts), sampling.group_size, self._tp, self._group),
         )
 
+    def _teller(self, on_finished: OnFinished | None, first_row: int) -> OnFinished:
+        """Takes the place of `on_finished` for this engine's responses, numbered from 0, of which `first_row` is the
+        batch's first: all of its ranks see each, and take turns."""
+
+        def tell(index: int, tokens: Sequence[int]) -> None:
+            if on_finished is not None and index % self._tp == self._group.rank() % self._tp:
+                on_finished(first_row + index, tokens)
+
+        return tell
+
     def _run(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], tell: OnFinished
     ) -> "list[RequestOutput]":
         from vllm import SamplingParams
 
@@ -116,15 +130,32 @@ class VllmEngine:
             for seed in seeds
             for request_seed in request_seeds(seed, sampling.group_size)
         ]
-        return self._complete(requests, params)
+        return self._complete(requests, params, tell)
 
-    def _complete(self, requests: list[dict[str, list[int]]], params: list[Any]) -> "list[RequestOutput]":
+    def _complete(
+        self, requests: list[dict[str, list[int]]], params: list[Any], tell: OnFinished
+    ) -> "list[RequestOutput]":
+        """The requests' outputs, in order."""
         if not requests:
             return []
         # Prefixes cached by an earlier call would change how this one is batched, and with it the last bits.
         self._llm.reset_prefix_cache()
         with preserved_rng(), _without_compiler():
-            return self._llm.generate(requests, params, use_tqdm=False)
+            names = self._llm.enqueue(requests, params, use_tqdm=False)
+            # Outputs have the number that a name begins with; random characters follow it.
+            index_of = {name.partition("-")[0]: index for index, name in enumerate(names)}
+            outputs: dict[int, RequestOutput] = {}
+            for output in self._finished():
+                index = index_of[output.request_id]
+                outputs[index] = output
+                tell(index, output.outputs[0].token_ids)
+        return [outputs[index] for index in range(len(requests))]
+
+    def _finished(self) -> "Iterator[RequestOutput]":
+        """As LLM.generate, which hands its outputs over at the end only: each as soon as it is there."""
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            yield from cast("list[RequestOutput]", engine.step())
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Teacher-forced log-probs at temperature 1 by this rank's engine: for each sequence float32
@@ -138,7 +169,7 @@ class VllmEngine:
             temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
         )
         requests = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
-        outputs = self._complete(requests, [params] * len(requests))
+        outputs = self._complete(requests, [params] * len(requests), lambda index, tokens: None)
         return [torch.tensor(_flat(output.prompt_logprobs), dtype=torch.float32) for output in outputs]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

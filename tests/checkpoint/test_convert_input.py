@@ -116,6 +116,9 @@ def test_wrong_arguments(whole, tmp_path, capfd):
     assert "--ranks: must be a whole number above 0, not '0'" in failed(
         capfd, 2, "hf-to-megatron", whole / "model", out, "--ranks", "0"
     )
+    for tolerance in ("-1", "nan", "inf", "small"):
+        err = failed(capfd, 2, "check", whole / "model", f"--tolerance={tolerance}")
+        assert f"--tolerance: must be a finite number, 0 or above, not '{tolerance}'" in err
     assert "is there already" in failed(capfd, 2, "hf-to-megatron", whole / "model", whole / "one")
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "out", "/proc/out"):

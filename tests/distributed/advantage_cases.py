@@ -10,7 +10,8 @@ from megatron_riskpo.algorithms import AlgorithmConfig, compute_advantages
 from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.reference import Reference
-from megatron_riskpo.rewards.scoring import score_rollouts
+from megatron_riskpo.rewards.scoring import Rewards, Scoring
+from megatron_riskpo.rollout.replicas import tell_share
 from megatron_riskpo.rollout.types import Rollouts
 
 NUM_PROMPTS, GROUP_SIZE = 12, 8
@@ -29,7 +30,7 @@ REWARDS = (_draws < torch.linspace(0.05, 0.95, NUM_PROMPTS)[:, None]).double()
 class DigitTokenizer:
     """Token n is the text "n"."""
 
-    def batch_decode(self, sequences: list[torch.Tensor], skip_special_tokens: bool) -> list[str]:
+    def batch_decode(self, sequences: list[Any], skip_special_tokens: bool) -> list[str]:
         return [str(int(sequence[0])) for sequence in sequences]
 
 
@@ -39,6 +40,17 @@ def rollouts_that_earn(rewards: torch.Tensor) -> Rollouts:
     ones = torch.ones(responses.numel(), dtype=torch.long)
     tokens = torch.stack([7 * ones, responses], dim=1).flatten()
     return Rollouts(tokens, ones, ones, torch.zeros(responses.numel()), ones.bool())
+
+
+def score_rollouts(
+    rollouts: Rollouts, references: list[Reference], tokenizer: Any, pool: Any, config: RewardConfig,
+    world: dist.ProcessGroup | None,
+) -> Rewards:  # fmt: skip
+    """Grade responses that are there, one reference a prompt."""
+    assert world is not None
+    scoring, group_size = Scoring(tokenizer, pool), rollouts.num_sequences // len(references)
+    tell_share(rollouts, world, lambda row, tokens: scoring.submit(row, tokens, references[row // group_size]))
+    return scoring.rewards(len(references), group_size, config, world)
 
 
 def advantages_on_this_rank(folder: Path) -> dict[str, list[Any]]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.distributed.quantiles import global_quantiles
 from megatron_riskpo.rewards.pool import GraderPool
-from megatron_riskpo.rewards.scoring import score_rollouts
 from tests.distributed.advantage_cases import (
     GROUP_SIZE,
     NUM_PROMPTS,
@@ -22,6 +21,7 @@ from tests.distributed.advantage_cases import (
     REWARDS,
     DigitTokenizer,
     rollouts_that_earn,
+    score_rollouts,
 )
 
 LEVELS = (0.2, 0.5, 0.8, 1.0)

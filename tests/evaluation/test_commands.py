@@ -71,6 +71,16 @@ def test_a_run_is_asked_as_it_was_trained(folder: Path):
     assert load_options(folder / "model", 1, []).data == PromptConfig()
 
 
+def test_servers_are_asked_by_one_rank_with_the_options_of_the_run(folder: Path):
+    urls = ("http://a:1", "http://b:2")
+    config = load_options(folder / "run", 4, ["--server.max_retries", "1"], urls)
+    assert (config.rollout.server_urls, config.server.max_retries) == (urls, 1)
+    assert (config.run.ranks, config.rollout.tp, config.rollout.max_response_tokens) == (0, 1, 16)
+    alone = load_options(folder / "run", 4, [])
+    benchmarks = {"q": Benchmark("q", [], [], [], "digest")}
+    assert settings(config, benchmarks) == settings(alone, benchmarks), "an evaluation goes on with servers or without"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +99,20 @@ def test_a_run_is_asked_as_it_was_trained(folder: Path):
             ["--model", "model", "--data", "q.jsonl", "--evaluation.temperature", "0", "--num-samples", "2"],
             "same answer",
         ),
+        (
+            ["--model", "model", "--data", "q.jsonl", "--server", "http://a:1", "--rollout.tp", "2"],
+            "--rollout.tp has no effect with --server: it is riskpo serve's",
+        ),
+        (
+            ["--model", "model", "--data", "q.jsonl", "--server", "http://a:1", "--server.push_timeout_s", "2"],
+            "--server.push_timeout_s has no effect on an evaluation",
+        ),
+        (
+            ["--model", "model", "--data", "q.jsonl", "--server.request_timeout_s", "2"],
+            "--server.request_timeout_s has no effect without --server",
+        ),
+        (["--model", "model", "--data", "q.jsonl", "--server", "a:1"], "'a:1' is no address of a server"),
+        (["--model", "model", "--data", "q.jsonl", "--server", "http://a:1", "http://a:1"], "names a server twice"),
         (["--from", "absent"], "absent: no such folder"),
         (["--from", "model"], "model has no evaluation outputs"),
         (["--from", "model", "--data", "q.jsonl"], "of the other options only --out goes with it"),

@@ -20,6 +20,7 @@ def results(name: str, correct, keys: list[str] | None = None) -> Results:
         name=name,
         keys=keys or [f"q{i}" for i in range(num)],
         problems=[f"problem of {key}" for key in keys or [f"q{i}" for i in range(num)]],
+        sources=[""] * num,
         correct=correct,
         errors=np.zeros_like(correct),
         predicted=[["1" if verdict else None for verdict in row] for row in correct.tolist()],
@@ -85,6 +86,22 @@ def test_difficulty_bins_hold_every_question_once_by_the_mean_of_both(two):
     rates = [own.correct.mean(axis=1) for own in two]
     total = sum(own.num_questions * own.difference.value for own in difficulty_bins(*rates))
     assert total / 60 == pytest.approx((rates[1] - rates[0]).mean())
+
+
+def test_sources_are_compared_apart(two):
+    a, b = two
+    sources = ["sums" if row % 3 else "programs" for row in range(60)]
+    comparison = compare(replace(a, sources=sources), replace(b, sources=["other"] * 60))
+    assert [(own.label, own.num_questions) for own in comparison.sources] == [("programs", 20), ("sums", 40)]
+    for own, rows in zip(comparison.sources, ([*range(0, 60, 3)], [row for row in range(60) if row % 3]), strict=True):
+        alone = compare(a.take(rows), b.take(rows)).differences["pass@1"]
+        assert (own.difference.value, own.difference.low, own.difference.high) == pytest.approx(
+            (alone.value, alone.low, alone.high), abs=0.02
+        )
+        assert own.b - own.a == pytest.approx(alone.value)
+    shown = [table.caption for table in tables_of(comparison)]
+    assert shown[1] == "x: pass@1 by source"
+    assert compare(a, b).sources == []
 
 
 def test_other_questions_are_refused_with_counts(two):

@@ -16,6 +16,7 @@ from megatron_riskpo.config import PromptConfig, RewardConfig
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_riskpo.evaluation.generate import Sampler, fill, pending_tasks, task_seeds
+from megatron_riskpo.evaluation.grading import predicted_answer
 from megatron_riskpo.evaluation.outputs import OUTPUT_FIELDS, output_files, read_lines
 from megatron_riskpo.evaluation.results import read_results
 from megatron_riskpo.rewards.pool import Grade, GraderPool
@@ -45,10 +46,12 @@ class Answering:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def generate(self, prompts, sampling: SamplingConfig, seeds) -> Rollouts:
+    def generate(self, prompts, sampling: SamplingConfig, seeds, on_finished) -> Rollouts:
         self.batches.append(len(prompts))
         assert sampling.group_size == 1
         responses = [self._response(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        for row in reversed(range(len(responses))):
+            on_finished(row, responses[row])
         return Rollouts(
             tokens=torch.tensor(
                 [token for pair in zip(prompts, responses, strict=True) for part in pair for token in part]
@@ -132,6 +135,20 @@ def test_lines_say_what_was_answered(tmp_path: Path, benchmarks, sampler):
     }
 
 
+@pytest.mark.parametrize(
+    ("response", "grader", "expected"),
+    [
+        ("so \\boxed{4}", "math", "4"),
+        ("2*x+1", "math", None),
+        ("2*x+1", "code", "2*x+1"),
+        ("```python\nprint(1)\n```", "code", "print(1)\n"),
+        ("```python\nprint(1", "code", None),
+    ],
+)
+def test_votes_are_for_answers_or_for_programs(response: str, grader: str, expected: str | None):
+    assert predicted_answer(response, grader, RewardConfig(answer_form="boxed")) == expected
+
+
 def test_an_interrupted_evaluation_goes_on_to_the_same_files(tmp_path: Path, benchmarks, sampler):
     run(tmp_path / "whole", benchmarks, sampler)
     interrupted = tmp_path / "interrupted"
@@ -163,8 +180,12 @@ def test_samples_and_questions_have_seeds_of_their_own(benchmarks):
 
 def test_an_error_of_the_grader_is_told_from_a_wrong_answer(tmp_path: Path, benchmarks, sampler):
     class Failing:
-        def score(self, responses, answers) -> list[Grade]:
-            return [Grade(float("nan"), "hung") if index else Grade(1.0) for index, _ in enumerate(responses)]
+        def submit(self, response, reference, *, waits: bool) -> str:
+            return reference.expected_answer
+
+        def gather(self, answers) -> list[Grade]:
+            hangs = [int(answer) // 2 % 3 > 0 for answer in answers]
+            return [Grade(float("nan"), "hung") if own else Grade(1.0) for own in hangs]
 
     run(
         tmp_path,

@@ -103,6 +103,15 @@ def test_charts_hold_the_metrics(run_dir: Path) -> None:
     assert {trace.stackgroup for trace in charts["Time per phase"].data} == {"phases"}
 
 
+def test_sources_have_a_chart_of_their_rewards() -> None:
+    rows = [
+        {"step": step, "reward/mean": 0.5, "reward/a/b/mean": step / 4, "reward/sums/mean": 0.25} for step in (1, 2)
+    ]
+    charts = {chart.title: chart.figure for chart in build_charts(rows)}
+    lines = {trace.name: trace.y for trace in charts["Training reward by source"].data if trace.showlegend is False}
+    assert lines == {"a/b": (0.25, 0.5), "sums": (0.25, 0.25)}
+
+
 def test_moving_average_leaves_out_gaps() -> None:
     assert moving_average([1.0, None, 3.0, 5.0], 2) == [1.0, 1.0, 3.0, 4.0]
     assert moving_average([None, 2.0], 1) == [None, 2.0]

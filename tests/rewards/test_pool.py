@@ -16,7 +16,7 @@ import torch
 
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.options import GraderOptions
-from megatron_riskpo.rewards.pool import Grade, GraderPool, fill_errors
+from megatron_riskpo.rewards.pool import Grade, GraderPool, GradingBatch, fill_errors
 from megatron_riskpo.rewards.process import GraderProcess
 from megatron_riskpo.rewards.reference import Reference
 
@@ -211,6 +211,16 @@ def test_whoever_submits_too_much_waits(monkeypatch: pytest.MonkeyPatch):
             most = max(most, sum(not future.done() for future in futures))
         pool.gather(futures)
     assert most <= 2
+
+
+def test_a_batch_is_handed_in_without_waiting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megatron_riskpo.rewards.pool.PENDING_PER_WORKER", 2)
+    with OneGrader(SLOW) as pool:
+        batch = GradingBatch(pool)
+        for text in "abcde":
+            batch.submit(text, Reference("a", SLOW))
+        assert sum(not future.done() for future in batch._futures) > 2
+        assert batch.grades() == [Grade(1.0)] * 5
 
 
 def test_progress_is_said(monkeypatch: pytest.MonkeyPatch):

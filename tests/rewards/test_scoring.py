@@ -1,4 +1,4 @@
-"""From rollouts to rewards on one rank: errors apart from wrong answers; the many-rank case is in
+"""From finished responses to rewards on one rank: errors apart from wrong answers; the many-rank case is in
 tests/distributed/test_global_advantages.py."""
 
 import pytest
@@ -10,30 +10,35 @@ from megatron_riskpo.errors import RunError
 from megatron_riskpo.evaluation.evaluate import evaluate
 from megatron_riskpo.rewards.pool import Grade
 from megatron_riskpo.rewards.reference import Reference
-from megatron_riskpo.rewards.scoring import Rewards, mean_by_source, score_rollouts
+from megatron_riskpo.rewards.scoring import Rewards, Scoring, mean_by_source
+from megatron_riskpo.rollout.replicas import tell_share
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
-from tests.distributed.advantage_cases import DigitTokenizer, rollouts_that_earn
+from tests.distributed.advantage_cases import DigitTokenizer, rollouts_that_earn, score_rollouts
 
 NAN = float("nan")
+# Of a user's own grader, so that equal responses are graded one by one.
+OWN = Reference("1", "own.py:grade")
 
 
 class ScriptedPool:
-    """Gives the scores it was made with; NaN is an error."""
+    """Gives the scores it was made with, in the order in which responses come; NaN is an error."""
 
     def __init__(self, scores: list[float]) -> None:
-        self.scores = scores
-        self.seen: list[str] = []
+        self.grades = iter([Grade(score, "timed out" if score != score else None) for score in scores])
 
-    def score(self, responses: list[str], references: list[Reference]) -> list[Grade]:
-        self.seen = responses
-        return [Grade(score, "timed out" if score != score else None) for score in self.scores]
+    def submit(self, response: str, reference: Reference, *, waits: bool) -> Grade:
+        return next(self.grades)
+
+    def gather(self, grades: list[Grade]) -> list[Grade]:
+        return grades
 
 
 class ScriptedEngine:
     def __init__(self, rollouts: Rollouts) -> None:
         self.rollouts = rollouts
 
-    def generate(self, prompts, sampling, seeds) -> Rollouts:
+    def generate(self, prompts, sampling, seeds, on_finished) -> Rollouts:
+        tell_share(self.rollouts, dist.group.WORLD, on_finished)
         return self.rollouts
 
 
@@ -48,7 +53,7 @@ def world(tmp_path_factory):
 def test_errors_are_kept_apart(world):
     rollouts = rollouts_that_earn(torch.zeros(2, 4))
     pool = ScriptedPool([1, 1, 0, NAN, 0, 0, 0, 0])
-    rewards = score_rollouts(rollouts, [Reference("1")] * 2, DigitTokenizer(), pool, RewardConfig(), world)
+    rewards = score_rollouts(rollouts, [OWN] * 2, DigitTokenizer(), pool, RewardConfig(), world)
     assert rewards.errors.tolist() == [[False, False, False, True], [False] * 4]
     assert rewards.matrix[0].tolist() == pytest.approx([1, 1, 0, 2 / 3])
 
@@ -58,14 +63,14 @@ def test_nothing_gradable_ends_the_run(world):
     with pytest.raises(
         RunError, match=r"failed on 4 of 4 responses .* = 0.25; for example: timed out \(response '0'\)"
     ):
-        score_rollouts(rollouts, [Reference("1")], DigitTokenizer(), ScriptedPool([NAN] * 4), RewardConfig(), world)
+        score_rollouts(rollouts, [OWN], DigitTokenizer(), ScriptedPool([NAN] * 4), RewardConfig(), world)
 
 
 @pytest.mark.parametrize(("limit", "raises"), [(0.25, True), (0.5, False)])
 def test_more_errors_than_the_run_accepts_end_it(world, limit, raises):
     rollouts = rollouts_that_earn(torch.zeros(1, 4))
     arguments = (
-        [Reference("1")],
+        [OWN],
         DigitTokenizer(),
         ScriptedPool([1, NAN, 0, NAN]),
         RewardConfig(max_error_share=limit),
@@ -78,12 +83,26 @@ def test_more_errors_than_the_run_accepts_end_it(world, limit, raises):
     assert rewards.matrix.tolist() == [[1, 0.5, 0, 0.5]]
 
 
+def test_responses_may_come_in_any_order(world):
+    grading = Scoring(DigitTokenizer(), ScriptedPool([3, 1, NAN, 0, 2, 5]))
+    for row in (3, 1, 5, 0, 2, 4):
+        grading.submit(row, [row], OWN)
+    rewards = grading.rewards(2, 3, RewardConfig(), world)
+    assert rewards.matrix.tolist() == [[0, 1, 2], [3, 5, 4]]
+    assert rewards.errors.tolist() == [[False] * 3, [False, False, True]]
+
+
+def test_a_response_that_no_rank_grades_ends_the_run(world):
+    grading = Scoring(DigitTokenizer(), ScriptedPool([1]))
+    grading.submit(2, [0], OWN)
+    with pytest.raises(RunError, match="3 of 4 responses of the batch were handed to no grader"):
+        grading.rewards(2, 2, RewardConfig(), world)
+
+
 def test_rewards_of_any_range_arrive_as_they_are(world):
     scores = [-2.5, 0.0, 1e6, 0.125]
     pool = ScriptedPool(scores)
-    rewards = score_rollouts(
-        rollouts_that_earn(torch.ones(1, 4)), [Reference("1")], DigitTokenizer(), pool, RewardConfig(), world
-    )
+    rewards = score_rollouts(rollouts_that_earn(torch.ones(1, 4)), [OWN], DigitTokenizer(), pool, RewardConfig(), world)
     assert rewards.matrix.tolist() == [scores]
 
 
@@ -100,7 +119,7 @@ def test_means_of_sources_are_kept_apart_and_left_out_where_there_is_one():
 def test_an_ungradable_response_is_not_counted_as_solved(world):
     rollouts = rollouts_that_earn(torch.zeros(1, 4))
     metrics = evaluate(
-        ScriptedEngine(rollouts), [[7]], [Reference("1")], SamplingConfig(4, 1, 1.0, (2,)), [0],
+        ScriptedEngine(rollouts), [[7]], [OWN], SamplingConfig(4, 1, 1.0, (2,)), [0],
         EvaluationConfig(num_samples=4, ks=(1,)), DigitTokenizer(), ScriptedPool([1, 1, NAN, NAN]),
         RewardConfig(max_error_share=1.0), world,
     )  # fmt: skip
@@ -114,7 +133,7 @@ def test_responses_in_the_answer_form_are_marked(world):
             return [f"\\boxed{{{int(s[0])}}}" if int(s[0]) else "0" for s in sequences]
 
     rewards = score_rollouts(
-        rollouts_that_earn(torch.tensor([[1, 0, 1, 0]])), [Reference("1")], BoxingTokenizer(),
+        rollouts_that_earn(torch.tensor([[1, 0, 1, 0]])), [OWN], BoxingTokenizer(),
         ScriptedPool([1, 0, 1, 0]), RewardConfig(answer_form="boxed"), world,
     )  # fmt: skip
     assert rewards.formatted.tolist() == [[True, False, True, False]]

@@ -38,6 +38,8 @@ class FakeServer:
     binary: bool = False
     """Answer generate calls with bytes that are no text."""
     health_status: int = 200
+    model: str = "model"
+    max_model_len: int = 64
     requests: list[dict[str, Any]] = field(default_factory=list)
     """Bodies of the generate calls."""
     calls: list[str] = field(default_factory=list)
@@ -56,6 +58,8 @@ class FakeServer:
             return web.Response(status=self.health_status)
         if request.path == "/inference/v1/generate":
             return await self._generate(await request.json())
+        if request.path == "/v1/models":
+            return web.json_response({"data": [{"root": self.model, "max_model_len": self.max_model_len}]})
         self.calls.append(request.path)
         body = await request.json() if request.can_read_body else {}
         if request.path == "/weight_info":

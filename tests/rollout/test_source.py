@@ -9,7 +9,7 @@ import torch
 from megatron_riskpo.data.stream import PromptStream, sample_seeds
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.source import RolloutSource, staleness_metrics
-from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
+from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 
 NUM_QUESTIONS, BATCH, SEED, NUM_STEPS = 23, 4, 5, 9
 SAMPLING = SamplingConfig(group_size=1, max_response_tokens=1, temperature=1.0, stop_token_ids=())
@@ -29,16 +29,20 @@ class NotingEngine:
         self.num_under_way += 1
         return [prompt[0] for prompt in prompts], self.version
 
-    def collect(self, pending: Any) -> Rollouts:
+    def collect(self, pending: Any, on_finished: OnFinished) -> Rollouts:
         tokens, version = pending
         self.num_under_way -= 1
+        for row in reversed(range(len(tokens))):
+            on_finished(row, [tokens[row]])
         ones = torch.ones(len(tokens), dtype=torch.int64)
         versions = torch.full((len(tokens),), version, dtype=torch.int32)
         flat = torch.tensor(tokens).repeat_interleave(2)
         return Rollouts(flat, ones, ones, torch.zeros(len(tokens)), ones.bool(), versions)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
-        return self.collect(self.submit(prompts, sampling, seeds))
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], on_finished: OnFinished
+    ) -> Rollouts:
+        return self.collect(self.submit(prompts, sampling, seeds), on_finished)
 
 
 def source(engine: NotingEngine, max_staleness: int) -> RolloutSource:
@@ -53,7 +57,9 @@ def steps(engine: NotingEngine, one: RolloutSource, first: int, last: int, refil
     for step in range(first, last + 1):
         engine.version = step - 1
         for draw in range(1 + refills.get(step, 0)):
-            rows, rollouts = one.draw(step, draw)
+            told: dict[int, tuple[int, Sequence[int]]] = {}
+            rows, rollouts = one.draw(step, draw, lambda row, *rest, told=told: told.setdefault(row, rest))
+            assert told == {row: (question, [100 + question]) for row, question in enumerate(rows)}
             assert rollouts.tokens.tolist() == [100 + row for row in rows for _ in range(2)]
             rows_of.setdefault(step, []).append(rows)
         one.prefetch(step)

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,25 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(engine_and_mo
         assert stops == ([len(response) - 1] if finished else [])
         assert finished or len(response) == 24
         assert rollouts.sequences()[i][: -len(response)].tolist() == PROMPTS[i // 4]
+
+
+def test_each_response_is_told_of_once_while_others_are_sampled(engine_and_model):
+    engine, _ = engine_and_model
+    expected = engine.generate(PROMPTS, sampling(), SEEDS)
+    told: dict[int, list[int]] = {}
+    num_left: list[int] = []
+
+    def note(row: int, tokens: Sequence[int]) -> None:
+        assert row not in told
+        told[row] = list(tokens)
+        num_left.append(engine._llm.llm_engine.get_num_unfinished_requests())
+
+    assert same_bits(engine.generate(PROMPTS, sampling(), SEEDS, note), expected)
+    assert [told[row] for row in range(16)] == [response.tolist() for response in expected.responses()]
+    order = sorted(range(16), key=list(told).index)
+    lengths = expected.response_lengths[order].tolist()
+    assert lengths == sorted(lengths), "as they finished, all having begun together"
+    assert num_left[0] > 0
 
 
 def test_samples_follow_the_softmax(engine_and_model):
@@ -181,6 +200,9 @@ def test_two_ranks_as_two_engines_and_as_one(tmp_path):
             assert max_difference(first[tp][name], model, vllm_ranks.SAMPLING.temperature) <= 1e-5
         for rank in (first, second):
             assert rank[tp]["sum_after_close"] == 2
+            assert sum(len(one[tp]["told"]) for one in (first, second)) == first[tp]["b"].num_sequences
+            for row, tokens in rank[tp]["told"].items():
+                assert tokens == rank[tp]["b"].responses()[row].tolist()
             for sequence, scores in zip(rank[tp]["b"].sequences(), rank[tp]["scores"], strict=True):
                 torch.testing.assert_close(scores, hf_token_logprobs(models["b"], sequence.tolist()), atol=1e-5, rtol=0)
     # Samples do not depend on how the ranks are split into engines, nor on the other prompts.

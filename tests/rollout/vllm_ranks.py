@@ -34,7 +34,9 @@ def _run_layout(folder: Path, tp: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for version, name in enumerate("ab"):
         engine.update_weights(load_file(folder / name / "model.safetensors").items(), version)
-        results[name] = engine.generate(PROMPTS, SAMPLING, SEEDS)
+        told: dict[int, list[int]] = {}
+        results[name] = engine.generate(PROMPTS, SAMPLING, SEEDS, told.__setitem__)
+        results["told"] = told
     results["one_prompt"] = engine.generate(PROMPTS[:1], SAMPLING, SEEDS[:1])  # fewer prompts than engines
     results["scores"] = engine.token_logprobs([s.tolist() for s in results["b"].sequences()])
     engine.close()

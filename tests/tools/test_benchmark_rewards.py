@@ -15,6 +15,9 @@ def test_all_ways_are_measured_in_every_round(tmp_path: Path, run_script: Callab
     sizes = ("--grades", "8", "--programs", "2", "--tests", "2", "--workers", "1")
     run_script(rewards, "--rounds", "1", *sizes, "--json", str(output))
     rates = json.loads(output.read_text())
+    after = rates.pop("after")
+    assert list(after) == ["handed in together", "handed in as they finish"]
+    assert all(len(found) == 1 and found[0] > 0 for found in after.values())
     assert {what: list(ways) for what, ways in rates.items()} == {
         "mathematics": ["pool", "subprocess"], "code": ["pool", "subprocess", "subprocess, bare"],
     }  # fmt: skip
@@ -22,3 +25,4 @@ def test_all_ways_are_measured_in_every_round(tmp_path: Path, run_script: Callab
     shown = capsys.readouterr().out
     assert "| grades a second, pool |" in shown
     assert "| programs of 2 tests a second, subprocess, bare |" in shown
+    assert "| 2 programs handed in as they finish |" in shown

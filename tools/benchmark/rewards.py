@@ -1,9 +1,11 @@
-"""Grades and programs a second of the reward pool, beside a plain subprocess a grade and a plain subprocess a test.
+"""Grades and programs a second of the reward pool, beside a plain subprocess a grade and a plain subprocess a test;
+and how long programs are still graded after the last answer, handed in as they finish and all together.
 
 The plain subprocess is what a harness without a pool does: no sandbox, no limits but a time-out, one interpreter
 started each time; with "bare", the interpreter is started without its site packages, as fast as one starts. All ways
 take turns in every round on as many cores, so that other jobs on the machine touch them alike; ratios are medians over
-rounds.
+rounds. For the second table answers finish evenly over a time that is as long as their grading takes in the same round;
+what decodes them is a sleep, so that the cores are free, as they are where a GPU decodes.
 Usage: python tools/benchmark/rewards.py [--workers 2] [--rounds 5] [--json rewards.json]
 """
 
@@ -20,7 +22,7 @@ from statistics import median
 from markdown_table import markdown_table
 
 from megatron_riskpo.rewards.options import CodeOptions, GraderOptions
-from megatron_riskpo.rewards.pool import GraderPool
+from megatron_riskpo.rewards.pool import Grade, GraderPool, GradingBatch
 from megatron_riskpo.rewards.reference import Reference
 
 PAIRS = Path(__file__).parents[2] / "tests" / "data" / "math_pairs.jsonl"
@@ -38,6 +40,7 @@ ONE_GRADE = (
     "print(MathGrader()(sys.argv[1], sys.argv[2], {}))"
 )
 MATHEMATICS, CODE = "mathematics", "code"
+TOGETHER, AS_FINISHED = "handed in together", "handed in as they finish"
 
 
 def math_tasks(num: int) -> list[tuple[str, Reference]]:
@@ -55,7 +58,11 @@ def code_tasks(num: int, num_tests: int) -> list[tuple[str, Reference]]:
 
 
 def by_pool(pool: GraderPool, tasks: list[tuple[str, Reference]]) -> None:
-    grades = pool.score(*map(list, zip(*tasks, strict=True)))
+    check(pool.score(*map(list, zip(*tasks, strict=True))))
+
+
+def check(grades: list[Grade]) -> None:
+    """A time counts only if everything was graded."""
     failed = [grade.error for grade in grades if grade.error is not None]
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(grades)} could not be graded: {failed[0]}")
@@ -87,12 +94,30 @@ def timed(run: Callable[[], None], num: int) -> float:
     return num / (time.perf_counter() - start)
 
 
+def seconds_after_last(pool: GraderPool, tasks: list[tuple[str, Reference]], decoding_s: float, way: str) -> float:
+    """From the last answer to the last grade; answers finish evenly over decoding_s."""
+    batch, start = GradingBatch(pool), time.perf_counter()
+    for number, task in enumerate(tasks, 1):
+        time.sleep(max(0.0, start + decoding_s * number / len(tasks) - time.perf_counter()))
+        if way == AS_FINISHED:
+            batch.submit(*task)
+    last = time.perf_counter()
+    if way == TOGETHER:
+        for task in tasks:
+            batch.submit(*task)
+    grades = batch.grades()
+    seconds = time.perf_counter() - last
+    check(grades)
+    return seconds
+
+
 def measure(
     workers: int, rounds: int, num_math: int, num_programs: int, num_tests: int
-) -> dict[str, dict[str, list[float]]]:
-    """{what: {way: rate of each round}}."""
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
+    """{what: {way: rate of each round}}; {way: seconds after the last answer of each round}."""
     options = GraderOptions(timeout_s=60.0, code=CodeOptions(program_timeout_s=120.0))
     rates: dict[str, dict[str, list[float]]] = {MATHEMATICS: {}, CODE: {}}
+    waits: dict[str, list[float]] = {TOGETHER: [], AS_FINISHED: []}
 
     def add(what: str, way: str, rate: float) -> None:
         rates[what].setdefault(way, []).append(rate)
@@ -108,7 +133,10 @@ def measure(
             add(CODE, "subprocess", timed(lambda: in_parallel(workers, one_program, codes), num_programs))
             bare = timed(lambda: in_parallel(workers, lambda task: one_program(task, "-I", "-S"), codes), num_programs)
             add(CODE, "subprocess, bare", bare)
-    return rates
+            decoding_s = num_programs / rates[CODE]["pool"][-1]
+            for way, seconds in waits.items():
+                seconds.append(seconds_after_last(pool, codes, decoding_s, way))
+    return rates, waits
 
 
 def table(rates: dict[str, dict[str, list[float]]], num_tests: int) -> str:
@@ -121,6 +149,14 @@ def table(rates: dict[str, dict[str, list[float]]], num_tests: int) -> str:
     return markdown_table(["", "rate", "pool's rate over it"], rows)
 
 
+def waits_table(waits: dict[str, list[float]], num_programs: int) -> str:
+    rows = []
+    for way, found in waits.items():
+        ratio = median(own / together for own, together in zip(found, waits[TOGETHER], strict=True))
+        rows.append([f"{num_programs} programs {way}", f"{median(found):.2f}", f"{ratio:.2f}"])
+    return markdown_table(["", "seconds after the last answer", "of those together"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workers", type=int, default=2)
@@ -130,10 +166,10 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=10, help=f"a program, at most {len(NUM_PRIMES)}")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rates = measure(arguments.workers, arguments.rounds, arguments.grades, arguments.programs, arguments.tests)
-    print(table(rates, arguments.tests))
+    rates, waits = measure(arguments.workers, arguments.rounds, arguments.grades, arguments.programs, arguments.tests)
+    print(table(rates, arguments.tests), waits_table(waits, arguments.programs), sep="\n\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(rates | {"after": waits}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
