@@ -94,16 +94,11 @@ class RolloutEngine(Protocol):
     arguments and gets the same, whole result, however the engine spreads the work."""
 
     shares_weights: ClassVar[bool]
-    """Samples from the actor's own parameters: `update_weights` reads no tensors, so none need be exported."""
+    """Samples from the actor's own parameters: nothing has to be brought to it."""
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Rollouts:
         """group_size responses to each prompt (token ids), in order. `seeds` (one a prompt, 0 <= seed < 2**63)
         fix the samples: the same weights, prompts and seeds give the same responses."""
-        ...
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights: (Hugging Face name, full tensor) pairs, the same on every rank. `version` is what
-        `weight_version` says afterwards; cached prefixes are dropped."""
         ...
 
     @property
@@ -112,11 +107,20 @@ class RolloutEngine(Protocol):
         ...
 
     def release(self) -> None:
-        """No `generate` comes before the next `update_weights`: memory that the trainer can use may go back."""
+        """No `generate` comes before new weights: memory that the trainer can use may go back."""
         ...
 
     def close(self) -> None:
         """Free what the engine holds; the process groups stay usable."""
+        ...
+
+
+class WholeWeightsEngine(RolloutEngine, Protocol):
+    """An engine that takes whole tensors (vLLM in the training processes takes slices: resharding/in_process.py)."""
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights: (Hugging Face name, full tensor) pairs, the same on every rank; one that shares the actor's
+        reads none. `version` is what `weight_version` says afterwards; cached prefixes are dropped."""
         ...
 
 
