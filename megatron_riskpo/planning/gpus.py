@@ -52,6 +52,8 @@ LINK_SHARE = 0.7
 """Of link_rate and network_rate."""
 DECODE_STEP_OVERHEAD = 3e-3
 """Seconds a decoded token beside the GPU's work: scheduling and sampling."""
+FILE_RATE = 0.5e9
+"""Bytes/s of a push to servers: from the GPU into a file in memory, summed on both sides, and back."""
 GRADING_SECONDS = 0.02
 """Seconds to grade a response."""
 MEAN_SHARE = 0.5

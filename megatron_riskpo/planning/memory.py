@@ -12,6 +12,7 @@ from megatron_riskpo.planning.model_size import (
     BYTES,
     count_parameters,
     kv_bytes_per_token,
+    largest_module,
     largest_tensor,
     torch_dtype,
 )
@@ -100,7 +101,8 @@ def phases(
         "parameters": state.parameters,
         "gradients": state.gradients,
         "optimizer": 0 if offloaded else state.optimizer,
-        "engine": engine.total,
+        # Servers have GPUs of their own.
+        "engine": 0 if config.rollout.placement == "server" else engine.total,
         "context": CONTEXT_BYTES,
     }
     copying = config.actor.distributed_optimizer
@@ -109,15 +111,25 @@ def phases(
     mapped = {**lasting, "optimizer": 0, "engine": 0, "copy of weights": state.parameters if copying else 0}
     passing = {**lasting, "activations": _with_gaps(activations.update)}
     stepping = {**lasting, "optimizer": state.optimizer}
-    whole = largest_tensor(hf_config) * BYTES[config.model.dtype]
     return {
         "load": _greater(built, mapped),
         "rollout": lasting,
         "logprobs": {**lasting, "activations": _with_gaps(activations.logprobs)},
         "update": _greater(passing, stepping),
-        # A tensor's pieces and the whole that is made of them; and a bucket of whole ones.
-        "sync": {**lasting, "buckets": 2 * whole + round(config.bridge.bucket_mib * 2**20)},
+        "sync": {**lasting, **_sync(config, hf_config)},
     }
+
+
+def _sync(config: TrainConfig, hf_config: Mapping[str, Any]) -> dict[str, int]:
+    """What bringing weights to the engine takes for a while, at most."""
+    size, bucket = BYTES[config.model.dtype], round(config.bridge.bucket_mib * 2**20)
+    if config.rollout.engine != "vllm":
+        return {}
+    if config.rollout.placement == "server":
+        # A tensor's pieces and the whole that is made of them; and a bucket of whole ones.
+        return {"buckets": bucket + 2 * size * largest_tensor(hf_config)}
+    # Modules that are not complete yet have storage of their own: those of a bucket, and what one of them lacks.
+    return {"buckets": 2 * bucket, "modules": bucket + size * largest_module(hf_config) // config.rollout.tp}
 
 
 def _greater(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:

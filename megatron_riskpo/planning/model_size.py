@@ -46,9 +46,14 @@ def kv_bytes_per_token(hf_config: Mapping[str, Any], dtype: str, tp: int) -> int
 
 
 def largest_tensor(hf_config: Mapping[str, Any]) -> int:
-    """Numbers in the largest tensor that a sync makes whole."""
+    """Numbers in the largest tensor that is gathered whole for servers."""
     hidden, width = hf_config["hidden_size"], 2 * hf_config["intermediate_size"]
     return hidden * max(hf_config["vocab_size"], 0 if num_experts(hf_config) else width)
+
+
+def largest_module(hf_config: Mapping[str, Any]) -> int:
+    """Numbers in the largest module of vLLM: a table, gate and up of a layer, or all its experts."""
+    return max(largest_tensor(hf_config), layer_parameters(hf_config)[1])
 
 
 def torch_dtype(name: str) -> torch.dtype:

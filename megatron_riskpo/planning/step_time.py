@@ -98,11 +98,13 @@ def _rollout(shared: _Shared, kv_tokens: int) -> PhaseTime:
     decodes nearly alone."""
     config, work, gpu = shared.config, shared.work, shared.gpu
     vllm = config.rollout.engine == "vllm"
-    tp = config.rollout.tp if vllm else config.actor.tp * config.actor.pp
-    engines = max(1, shared.world_size // tp)
+    rollout = config.rollout
+    tp = rollout.tp if vllm else config.actor.tp * config.actor.pp
+    on_servers = rollout.placement == "server"
+    engines = len(rollout.server_urls) or rollout.servers if on_servers else max(1, shared.world_size // tp)
     sequences = work.num_sequences / engines
     context = work.mean_prompt + work.mean_response / 2
-    together = max(1.0, min(sequences, config.rollout.max_num_seqs, kv_tokens / context))
+    together = max(1.0, min(sequences, rollout.max_num_seqs, kv_tokens / context))
     steps = max(sequences * work.mean_response / together, work.longest_response)
     busy = sequences * work.mean_response / steps
     cache = busy * context * kv_bytes_per_token(shared.hf_config, config.model.dtype, tp)
@@ -115,7 +117,7 @@ def _rollout(shared: _Shared, kv_tokens: int) -> PhaseTime:
         {
             "memory bandwidth" if reading >= products else "matrix products": steps * max(reading, products),
             "overhead of decoding": steps * gpus.DECODE_STEP_OVERHEAD,
-            "prefill": prefill / shared.world_size / (gpu.peak_flops * gpus.PREFILL_SHARE),
+            "prefill": prefill / (engines * tp) / (gpu.peak_flops * gpus.PREFILL_SHARE),
         }
     )
 
@@ -187,16 +189,19 @@ def _passes(shared: _Shared, forwards: float) -> dict[str, float]:
 
 
 def _sync(shared: _Shared) -> PhaseTime:
-    """Every rank receives the whole model, but for the pieces that it has, and vLLM copies its part of it."""
-    config = shared.config
+    """Every vLLM rank gets its own shard; rank 0 of a run on servers the whole model, which goes through the host."""
+    config, actor = shared.config, shared.config.actor
     if config.rollout.engine != "vllm":
         return PhaseTime(0.0, "not needed")
     weights = count_parameters(shared.hf_config) * BYTES[config.model.dtype]
-    actor = config.actor
-    sharing = actor.tp * actor.pp * actor.ep
-    parts = {"copies": 2 * weights / (shared.gpu.memory_rate * gpus.MEMORY_SHARE)}
-    if sharing > 1:
-        # Ranks of a pipeline or of an expert-parallel group beyond a node receive over the network.
-        reach = shared.world_size if actor.pp > 1 else max(actor.tp, actor.ep)
-        parts["weights between ranks"] = weights * (sharing - 1) / sharing / shared.wire(reach)
+    on_servers = config.rollout.placement == "server"
+    moved = weights if on_servers else weights / config.rollout.tp
+    # Into the bucket, out of it, and vLLM's own copy: each read and written.
+    parts = {"copies": 6 * moved / (shared.gpu.memory_rate * gpus.MEMORY_SHARE)}
+    # Stages lie one after the other over the ranks; within a stage the nearest rank that has a slice gives it.
+    of_others, in_stage = moved * (actor.pp - 1) / actor.pp, max(actor.tp, actor.ep)
+    parts["weights of other stages"] = of_others / shared.wire(shared.world_size)
+    parts["weights between ranks"] = (moved - of_others) * (in_stage - 1) / in_stage / shared.wire(in_stage)
+    if on_servers:
+        parts["files in the host's memory"] = weights / gpus.FILE_RATE
     return _of(parts)

@@ -13,12 +13,18 @@ from megatron_riskpo.config import ActorConfig, TrainConfig
 from megatron_riskpo.config_checks import PLAN_RULES, TRAIN_RULES, problems
 from megatron_riskpo.config_io import load_config
 from megatron_riskpo.config_rules import Setup
+from megatron_riskpo.planning.activations import ActivationBytes
 from megatron_riskpo.planning.gpus import GIB, GPUS
-from megatron_riskpo.planning.memory import complaints, engine_bytes
+from megatron_riskpo.planning.memory import RankMemory, complaints, engine_bytes, phases
+from megatron_riskpo.planning.model_size import count_parameters
 from megatron_riskpo.planning.pipeline import bubble_share, layers_of_chunk, most_in_flight
 from megatron_riskpo.planning.plan import Plan, make_plan
 from megatron_riskpo.planning.search import candidates, search
+from megatron_riskpo.planning.state_bytes import StateBytes
+from megatron_riskpo.planning.step_time import plan_time
 from megatron_riskpo.planning.workload import fullest_micro_batch, workload
+from megatron_riskpo.resharding.plan import plan_rank
+from megatron_riskpo.resharding.plan_text import colocated_layout
 
 MODEL = {
     "model_type": "qwen2",
@@ -63,6 +69,40 @@ def test_every_phase_is_there_and_adds_up(toml) -> None:
     assert plan.time.phases["logprobs"].seconds > 0
     assert plan.time.seconds == pytest.approx(sum(phase.seconds for phase in plan.time.phases.values()))
     assert 0 < plan.time.mfu < 1
+
+
+def sync_of(config: TrainConfig, world_size: int) -> tuple[float, dict[str, int]]:
+    """Seconds, and what the phase takes beside what lasts; of an actor without state."""
+    state, passes = StateBytes(0, 0, 0, 0, 0), ActivationBytes(0, 0, (), {})
+    engine = engine_bytes(config, MODEL, H100)
+    marks = phases(config, MODEL, state, passes, engine)
+    memory = RankMemory(0, 0, state, passes, engine, marks, host=0)
+    time = plan_time(config, MODEL, world_size, H100, workload(config, 1), memory)
+    lasting = marks["rollout"]
+    return time.phases["sync"].seconds, {k: v for k, v in marks["sync"].items() if k not in lasting}
+
+
+def test_a_sync_counts_what_the_bridge_moves_and_holds(toml) -> None:
+    """Against the plans of the bridge itself: bytes over one link, buckets."""
+    vllm = ("--rollout.engine", "vllm", "--bridge.bucket_mib", "8")
+    config = config_of(toml, *vllm, "--actor.tp", "4", "--rollout.tp", "2")
+    seconds, extra = sync_of(config, 4)
+    plans = [plan_rank(colocated_layout(config, MODEL, 4, 4), rank) for rank in range(4)]
+    shard = count_parameters(MODEL) * 2 / 2
+    assert max(plan.num_bytes(plan.receives) for plan in plans) == pytest.approx(shard, rel=0.01)
+    remote = max(plan.num_bytes(plan.remote) for plan in plans) / (0.7 * 450e9)
+    copies = 6 * shard / (0.7 * 3.35e12)
+    # Three quarters on average; a rank that has nothing of its own shard gets all of it.
+    assert remote * 3 / 4 * 0.99 <= seconds - copies <= remote
+    table = MODEL["vocab_size"] * MODEL["hidden_size"] * 2
+    assert extra == {"buckets": 2 * 8 * 2**20, "modules": 8 * 2**20 + table // 2}
+    assert all(plan.peak_round_bytes <= 8 * 2**20 for plan in plans)
+
+    served = config_of(toml, *vllm, "--rollout.placement", "server")
+    on_servers, extra = sync_of(served, 4)
+    assert extra == {"buckets": 8 * 2**20 + 2 * table}
+    assert on_servers > 2 * shard / 0.5e9
+    assert sync_of(config_of(toml, "--rollout.engine", "megatron"), 1) == (0, {})
 
 
 def test_what_does_not_fit_is_said_with_numbers_and_a_remedy(toml) -> None:
