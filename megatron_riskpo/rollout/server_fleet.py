@@ -1,18 +1,19 @@
 """Rank 0's part of a run on servers: the processes it started, who may get weights, and the folder they go through."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.server_process import ServerProcess
 
 _MEMORY = Path("/dev/shm")
-_PREFIX = "riskpo-weights-"
+_PREFIX = "riskpo-transfer-"
 _POLL_S = 0.1
 
 
@@ -87,20 +88,44 @@ class ServerFleet:
 
 
 @contextlib.contextmanager
-def transfer_folder(parent: str):
-    """A folder of this process below `parent` (empty: in memory), deleted at the end; also what killed runs left."""
-    root = Path(parent) if parent else _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
-    if not parent:
-        _remove_left_over(root)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=root))
+def transfer_folder(parent: str) -> Iterator[Path]:
+    """A folder of this process below `parent` (empty: in memory), deleted at the end; in memory also what killed runs
+    left."""
+    if parent:
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+        return
+    root = _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
+    _remove_left_over(root)
+    folder, lock = _locked_folder(root)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(root: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor by which it is locked as long as this process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+        # Another run took it, before it was locked, for one that was left.
 
 
 def _remove_left_over(root: Path) -> None:
+    """Folders that nobody locks. Locks are the kernel's, and hold across containers; process ids do not."""
     for folder in root.glob(f"{_PREFIX}*"):
-        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        # Gone, or another user's; locked.
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -107,15 +108,37 @@ def test_at_the_end_the_processes_are_ended():
 
 def test_the_transfer_folder_is_deleted_with_what_killed_runs_left(tmp_path, monkeypatch):
     monkeypatch.setattr(server_fleet, "_MEMORY", tmp_path)
-    (tmp_path / "riskpo-weights-999999999-x").mkdir()
-    (tmp_path / "riskpo-weights-1-init-lives").mkdir()
-    with transfer_folder("") as folder:
-        (folder / "bucket").write_bytes(b"1")
-        assert {path.name for path in tmp_path.iterdir()} == {folder.name, "riskpo-weights-1-init-lives"}
+    with transfer_folder("") as other:
+        # A killed run's locks are gone.
+        (tmp_path / "riskpo-transfer-left").mkdir()
+        (tmp_path / "riskpo-transfer-left" / "bucket").write_bytes(b"1")
+        with transfer_folder("") as folder:
+            (folder / "bucket").write_bytes(b"1")
+            assert set(tmp_path.iterdir()) == {folder, other}
+        assert set(tmp_path.iterdir()) == {other}
+    assert not other.exists()
+
+
+def test_a_folder_that_other_machines_see_keeps_what_it_has(tmp_path):
+    (tmp_path / "riskpo-transfer-of-another-machine").mkdir()
+    with transfer_folder(str(tmp_path)) as folder:
+        assert folder.parent == tmp_path
+        assert len(list(tmp_path.iterdir())) == 2
     assert not folder.exists()
-    shared = tmp_path / "shared"
-    (shared / "riskpo-weights-999999999-other-machine").mkdir(parents=True)
-    with transfer_folder(str(shared)) as folder:
-        assert folder.parent == shared
-        assert len(list(shared.iterdir())) == 2  # its process may be on another machine
-    assert isinstance(folder, Path)
+
+
+def test_a_folder_that_another_run_removed_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_fleet, "_MEMORY", tmp_path)
+    made: list[str] = []
+
+    def mkdtemp(**options: Any) -> str:
+        made.append(real(**options))
+        if len(made) < 3:
+            Path(made[-1]).rmdir()
+        return made[-1]
+
+    real = server_fleet.tempfile.mkdtemp
+    monkeypatch.setattr(server_fleet.tempfile, "mkdtemp", mkdtemp)
+    with transfer_folder("") as folder:
+        assert str(folder) == made[2]
+        assert folder.is_dir()
