@@ -20,7 +20,7 @@ def add_serve(commands: Any, overrides_help: str) -> None:
     serve.add_argument(
         "--endpoint", type=Path, metavar="FILE",
         help="JSON file that gets url and pid once the server is healthy, and is deleted at its end "
-        "(default with a configuration: server.json in the run folder)",
+        "(default with a configuration: server-HOST-PORT.json in the run folder)",
     )  # fmt: skip
     serve.add_argument("--tokens-only", action="store_true", help="load no tokenizer: token ids in and out")
     serve.add_argument(
@@ -38,15 +38,15 @@ def run_serve(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_riskpo.distributed.launch import die_with_launcher
 
     die_with_launcher()
-    endpoint = args.endpoint
+    folder = None
     if Path(args.source).is_dir():
         config = default_config(TrainConfig, ["--model.path", args.source, *args.overrides])
     else:
         config = load_config(TrainConfig, args.source, args.overrides)
-        endpoint = endpoint or Path(config.run.dir) / config.run.name / "server.json"
+        folder = Path(config.run.dir) / config.run.name
     check_serve(config, load_model_config(config.model.path))
 
     from megatron_riskpo.rollout.vllm_server import ServeOptions, serve
 
-    options = ServeOptions(args.host, args.port, endpoint, args.tokens_only, not args.without_weights)
+    options = ServeOptions(args.host, args.port, args.endpoint, folder, args.tokens_only, not args.without_weights)
     return serve(config, options)

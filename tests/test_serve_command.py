@@ -9,7 +9,7 @@ import pytest
 
 from megatron_riskpo.cli import main
 from megatron_riskpo.errors import UsageError
-from megatron_riskpo.rollout.vllm_server import _listen, _url
+from megatron_riskpo.rollout.vllm_server import ServeOptions, _endpoint, _listen, _url
 
 MODEL = {
     "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
@@ -58,6 +58,14 @@ def test_a_port_that_is_taken_is_told_at_once():
 def test_an_endpoint_file_that_cannot_be_written_is_told_before_the_model_is_loaded(model, tmp_path, capsys):
     assert main(["serve", "--endpoint", str(tmp_path / "config.json" / "server.json"), str(model)]) == 2
     assert re.search(r"--endpoint .*server.json cannot be written: .*; choose another file", capsys.readouterr().err)
+
+
+def test_two_servers_of_one_configuration_have_a_file_each(tmp_path):
+    name = f"server-{socket.gethostname()}"
+    files = {_endpoint(ServeOptions(folder=tmp_path), port) for port in (8000, 8001)}
+    assert files == {tmp_path / f"{name}-8000.json", tmp_path / f"{name}-8001.json"}
+    assert _endpoint(ServeOptions(endpoint=tmp_path / "x.json", folder=tmp_path), 8000) == tmp_path / "x.json"
+    assert _endpoint(ServeOptions(), 8000) is None
 
 
 def test_the_address_can_be_used_by_others():

@@ -34,6 +34,8 @@ class ServeOptions:
     """0: one that is free."""
     endpoint: Path | None = None
     """File that gets the server's address once it is healthy."""
+    folder: Path | None = None
+    """Without `endpoint`: where server-HOST-PORT.json is written, so that several servers have a file each."""
     tokens_only: bool = False
     """Load no tokenizer: token ids in and out, as the trainer speaks."""
     load_checkpoint: bool = True
@@ -44,20 +46,27 @@ def serve(config: TrainConfig, options: ServeOptions) -> int:
     """Serve config.model.path until a signal comes; exit code 0. Raises UsageError where vLLM does not start on the
     model, RunError where the engine dies."""
     prepare_server_environment()
-    _check_endpoint(options.endpoint)
     # The port is taken before the model is loaded, so that a clash is told at once.
     listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     signal.signal(signal.SIGTERM, _interrupt)
     with without_import_noise(), contextlib.closing(listener):
+        endpoint = _endpoint(options, port)
+        _check_endpoint(endpoint)
         import_vllm()
         args = _arguments(config, options, host, port)
         try:
             with asyncio.Runner(loop_factory=_loop_class()) as runner:
-                runner.run(_run(args, listener, _url(host, port), options.endpoint))
+                runner.run(_run(args, listener, _url(host, port), endpoint))
         except KeyboardInterrupt:
             print("stopped by a signal before the server was healthy", file=sys.stderr)
     return 0
+
+
+def _endpoint(options: ServeOptions, port: int) -> Path | None:
+    if options.endpoint is None and options.folder is not None:
+        return options.folder / f"server-{socket.gethostname()}-{port}.json"
+    return options.endpoint
 
 
 def _check_endpoint(endpoint: Path | None) -> None:
@@ -157,7 +166,8 @@ def _loop_class() -> type[asyncio.AbstractEventLoop]:
 async def _run(args: Namespace, listener: socket.socket, url: str, endpoint: Path | None) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
 
-    announcing = asyncio.create_task(_announce(url, endpoint))
+    record = json.dumps({"url": url, "pid": os.getpid(), "host": socket.gethostname()}) + "\n"
+    announcing = asyncio.create_task(_announce(url, endpoint, record))
     try:
         async with build_async_engine_client(args) as engine:
             finish = await build_and_serve(engine, url, listener, args)
@@ -166,14 +176,15 @@ async def _run(args: Namespace, listener: socket.socket, url: str, endpoint: Pat
         raise UsageError(f"vLLM does not start on {args.model}: {' '.join(str(error).split())}") from error
     finally:
         announcing.cancel()
-        if endpoint is not None:
-            endpoint.unlink(missing_ok=True)
+        # Another server may have been given the same file since.
+        if endpoint is not None and endpoint.exists() and endpoint.read_text(encoding="utf-8") == record:
+            endpoint.unlink()
     if not asyncio.get_running_loop().was_stopped:  # type: ignore[attr-defined]
         raise RunError(f"the engine of the server at {url} died; see the lines above")
 
 
-async def _announce(url: str, endpoint: Path | None) -> None:
-    """Once the server is healthy, say where it is."""
+async def _announce(url: str, endpoint: Path | None, record: str) -> None:
+    """Once the server is healthy, say where it is: `record` is the endpoint file's content."""
     import aiohttp
 
     async with aiohttp.ClientSession() as session:
@@ -181,9 +192,7 @@ async def _announce(url: str, endpoint: Path | None) -> None:
             await asyncio.sleep(_HEALTH_POLL_S)
     if endpoint is not None:
         part = endpoint.with_name(endpoint.name + ".part")
-        part.write_text(
-            json.dumps({"url": url, "pid": os.getpid(), "host": socket.gethostname()}) + "\n", encoding="utf-8"
-        )
+        part.write_text(record, encoding="utf-8")
         part.replace(endpoint)
     print(f"serving at {url}", flush=True)
 
