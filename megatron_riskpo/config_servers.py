@@ -47,7 +47,7 @@ def staleness_correction(setup: Setup) -> str | None:
     if config.rollout.max_staleness and uncorrected:
         return (
             f"rollout.max_staleness = {config.rollout.max_staleness} trains on samples of older weights, which nothing "
-            'corrects for; set mismatch.correction to "tis" (or "mis"), or actor.old_logprobs to "rollout"'
+            'corrects for; set mismatch.correction to "tis_sequence", or actor.old_logprobs to "rollout"'
         )
     return None
 

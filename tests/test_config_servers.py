@@ -28,7 +28,10 @@ def on_servers(**rollout: Any) -> TrainConfig:
             TrainConfig(rollout=RolloutConfig(max_staleness=1)),
             'while the step trains; set rollout.placement to "server"',
         ),
-        (on_servers(max_staleness=2), 'max_staleness = 2 trains on samples of older weights, .* to "tis" .* "rollout"'),
+        (
+            on_servers(max_staleness=2),
+            'max_staleness = 2 trains on samples of older .* "tis_sequence", .* "rollout"',
+        ),
         (on_servers(engine="megatron"), 'needs rollout.engine = "vllm", not "megatron"'),
         (TrainConfig(rollout=RolloutConfig(server_urls=("http://a:1",))), 'no effect on rollout.placement = "coloc'),
         (on_servers(server_urls=("a:8000",)), "'a:8000' is no address of a server; write http://HOST:PORT"),

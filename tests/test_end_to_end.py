@@ -222,7 +222,7 @@ def test_a_run_on_a_server_is_the_colocated_one_also_where_the_server_is_killed(
 
 
 def test_a_run_one_step_ahead_resumes_with_the_questions_that_were_under_way(folder):
-    options = ("--rollout.max_staleness", "1", "--mismatch.correction", "tis", "--run.name", "ahead")
+    options = ("--rollout.max_staleness", "1", "--mismatch.correction", "tis_sequence", "--run.name", "ahead")
     process = start(folder, *SERVER, *options)
     output = signal_after_step(folder, process, "ahead", 4, signal.SIGTERM)
     assert process.returncode == 0, output[-4000:]
@@ -234,7 +234,7 @@ def test_a_run_one_step_ahead_resumes_with_the_questions_that_were_under_way(fol
     assert staleness.count(0.0) == 2
     assert staleness[0] == 0.0
     assert set(staleness) == {0.0, 1.0}
-    assert all(row["mismatch/weight_mean"] == pytest.approx(1, abs=0.2) for row in rows)
+    assert all(row["mismatch/weight_mean"] == pytest.approx(1, abs=0.3) for row in rows)
 
 
 def test_mismatch_beyond_the_threshold_ends_the_run_in_one_line(folder):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_riskpo.algorithms.config import MismatchConfig, PolicyLossConfig
 from megatron_riskpo.algorithms.mismatch import correct_mismatch, mismatch_sums, needs_old_logprobs, validate_mismatch
+from megatron_riskpo.algorithms.policy_loss import policy_loss
+from megatron_riskpo.algorithms.token_inputs import TokenInputs
 from megatron_riskpo.errors import UsageError
 
 CORRECTIONS = ("none", "tis", "tis_sequence", "mis", "geometric")
@@ -202,3 +204,41 @@ def test_possible_options_are_accepted(correction):
 )
 def test_when_old_logprobs_are_needed(loss, mismatch, needed):
     assert needs_old_logprobs(PolicyLossConfig(**loss), MismatchConfig(**mismatch)) is needed
+
+
+def all_responses(logits: torch.Tensor) -> torch.Tensor:
+    """float64 [16, 4]: log-probs of the tokens of every response of four that a policy of two tokens has; each depends
+    on the one before."""
+    tokens = torch.cartesian_prod(*[torch.arange(2)] * 4)
+    before = torch.cat([torch.full((16, 1), 2), tokens[:, :-1]], dim=1)
+    return logits.log_softmax(dim=1)[before, tokens]
+
+
+def expected_gradient(now: torch.Tensor, sampler: torch.Tensor, kind: str, correction: str) -> torch.Tensor:
+    """Of the policy loss at `now`, over all responses that `sampler` gives; rewards are made up."""
+    advantages = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    parameters = now.clone().requires_grad_()
+    logprobs, sampled = all_responses(parameters), all_responses(sampler)
+    lengths = torch.full((16,), 4)
+    old = logprobs.detach().flatten()
+    found = correct_mismatch(sampled.flatten(), old, lengths, MismatchConfig(correction=correction, cap=1e6))
+    policy_loss(
+        logprobs.flatten(), advantages * sampled.sum(1).exp(), lengths, PolicyLossConfig(kind=kind), 1.0,
+        TokenInputs(old, weights=found.weights, keep=found.keep),
+    ).loss.backward()  # fmt: skip
+    assert parameters.grad is not None
+    return parameters.grad
+
+
+@pytest.mark.parametrize("kind", ["gspo", "ppo"])
+def test_only_the_product_of_ratios_makes_older_samples_as_good_as_new_ones(kind):
+    """Expected gradients, by enumeration: those of samples of the policy itself, and of one that has moved since."""
+    now, sampler = torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 0.5
+    wanted = expected_gradient(now, now, kind, "none")
+
+    def distance(correction: str) -> float:
+        return float((expected_gradient(now, sampler, kind, correction) - wanted).norm() / wanted.norm())
+
+    assert distance("tis_sequence") < 1e-12
+    # Token weights know nothing of how likely the rest of the response has become.
+    assert 0.5 < distance("tis") < distance("none")
