@@ -183,7 +183,7 @@ def _build_engine(
 
     return VllmEngine(
         config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_length, world_group=grid.world,
-        seed=config.run.seed, bucket_mib=config.bridge.bucket_mib,
+        seed=config.run.seed,
     )  # fmt: skip
 
 

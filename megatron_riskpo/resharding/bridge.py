@@ -1,6 +1,7 @@
 """From the actor to the rollout engine: push the weights, and on demand prove that they arrived."""
 
 import math
+import time
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,7 +11,7 @@ from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.config import PROBE_LENGTH, BridgeConfig
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.push import PushReport
-from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine
+from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine, WholeWeightsEngine
 
 if TYPE_CHECKING:
     from megatron_riskpo.resharding.in_process import InProcessPush
@@ -34,11 +35,11 @@ class Bridge:
         """Bring the engine to the actor's weights and call them `version`. Collective.
 
         An engine that samples from the actor's own weights has nothing to receive and nothing to verify.
-        Returns bridge/*, perf/push_s and perf/pack_s. Raises RunError when the engine reports another version, or holds
-        other weights.
+        Returns perf/push_s, and of vLLM in the training processes bridge/* and perf/pack_s. Raises RunError when the
+        engine reports another version, or holds other weights.
         """
         if self.engine.shares_weights:
-            self.engine.update_weights((), version)
+            cast(WholeWeightsEngine, self.engine).update_weights((), version)
             return {}
         metrics = self._push(version)
         check_version(self.engine.weight_version, version)
@@ -48,8 +49,9 @@ class Bridge:
 
     def _push(self, version: int) -> dict[str, float]:
         if self._in_process is None:
-            self.engine.update_weights(self.actor.export_weights(), version)
-            return {}
+            start = time.perf_counter()
+            cast(WholeWeightsEngine, self.engine).update_weights(self.actor.export_weights(), version)
+            return {"perf/push_s": time.perf_counter() - start}
         metrics: dict[str, float] = {}
         if self.config.verify == "golden":
             metrics["bridge/golden_numbers"] = float(self._in_process.run_golden(version))

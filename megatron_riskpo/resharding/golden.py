@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.checksums import bits_of
 from megatron_riskpo.resharding.layout_check import Box, Placement
-
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GoldenCopy:
@@ -66,10 +65,7 @@ def _index(box: Box) -> tuple[slice, ...]:
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
     """NaN equals itself, 0 and -0 differ."""
-    integer = _INTEGER[first.element_size()]
-    return first.dtype == second.dtype and torch.equal(
-        first.contiguous().view(integer), second.contiguous().view(integer)
-    )
+    return first.dtype == second.dtype and torch.equal(bits_of(first.contiguous()), bits_of(second.contiguous()))
 
 
 def _is_readable(model: nn.Module, parameter: str) -> bool:

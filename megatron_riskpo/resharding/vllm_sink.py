@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from megatron_riskpo.errors import RunError, UsageError
-from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
+from megatron_riskpo.resharding.buckets import NamedTensor
 from megatron_riskpo.resharding.shard_sink import VllmShardSink
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_files(model_dir: str | Path) -> list[Path]:
+    """The folder's *.safetensors; UsageError where it is no model."""
+    files = sorted(Path(model_dir).glob("*.safetensors"))
+    if not files or not (Path(model_dir) / "config.json").is_file():
+        raise UsageError(
+            f"model.path = {str(model_dir)!r} has no config.json with *.safetensors ({len(files)} of these); "
+            "give a Hugging Face model folder"
+        )
+    return files
 
 
 def checkpoint_shapes(model_dir: str | Path) -> Shapes:
@@ -28,14 +39,8 @@ def checkpoint_shapes(model_dir: str | Path) -> Shapes:
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    files = sorted(Path(model_dir).glob("*.safetensors"))
-    if not files or not (Path(model_dir) / "config.json").is_file():
-        raise UsageError(
-            f"model.path = {str(model_dir)!r} has no config.json with *.safetensors ({len(files)} of these); "
-            "give a Hugging Face model folder"
-        )
     shapes: Shapes = {}
-    for file in files:
+    for file in weight_files(model_dir):
         with safe_open(file, framework="pt") as tensors:
             shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
     if AutoConfig.from_pretrained(model_dir).get_text_config().tie_word_embeddings:
@@ -61,21 +66,6 @@ def checked(weights: Iterable[NamedTensor], shapes: Shapes) -> Iterator[NamedTen
         raise RunError(f"{len(missing)} of {len(shapes)} weights did not come, the first is {min(missing)!r}")
 
 
-def push_weights(
-    llm: "LLM", weights: Iterable[NamedTensor], version: int, *, shapes: Shapes, bucket_bytes: int
-) -> None:
-    """Stream full HF tensors into the engine's workers and drop cached prefixes.
-
-    vLLM keeps references until a layer is complete: a pushed tensor must not be written to before this returns.
-    Any exception leaves the engine half-updated.
-    """
-    llm.collective_rpc("riskpo_begin_update")
-    for bucket in bucketed(checked(weights, shapes), bucket_bytes):
-        llm.collective_rpc("riskpo_load_bucket", args=(bucket,))
-    llm.collective_rpc("riskpo_finish_update", args=(version,))
-    drop_cached_prefixes(llm)
-
-
 def drop_cached_prefixes(llm: "LLM") -> None:
     """They were computed with the weights before; RunError while requests are running."""
     if not llm.reset_prefix_cache():
@@ -96,12 +86,6 @@ class WeightSink:
         self._riskpo_weight_version = -1
         with set_current_vllm_config(self.vllm_config):
             begin_update(self.model_runner.get_model())
-
-    def riskpo_load_bucket(self, bucket: list[NamedTensor]) -> None:
-        from vllm.config import set_current_vllm_config
-
-        with set_current_vllm_config(self.vllm_config):
-            self.model_runner.get_model().load_weights(iter(bucket))
 
     def riskpo_finish_update(self, version: int) -> None:
         from vllm.config import set_current_vllm_config

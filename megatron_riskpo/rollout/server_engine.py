@@ -64,7 +64,7 @@ class PushOutcome:
 
 
 class ServerEngine:
-    """RolloutEngine. `export`: the actor's weights as they are, collective, for servers that have to be given them
+    """WholeWeightsEngine. `export`: the actor's weights as they are, collective, for servers that have to be given them
     again; whenever the engine is called they are those of the last `update_weights`."""
 
     shares_weights = False
@@ -202,9 +202,9 @@ class ServerEngine:
         return sum(num for _, num, _ in views)
 
     def update_weights(self, weights: Weights, version: int) -> None:
-        """See RolloutEngine. Requests under way stop, keep their tokens, and go on with the new weights. A server that
-        fails is not used until it has been started, and given the weights, again. Collective. Raises RunError, on every
-        rank, where no server is left."""
+        """See WholeWeightsEngine. Requests under way stop, keep their tokens, and go on with the new weights. A server
+        that fails is not used until it has been started, and given the weights, again. Collective. Raises RunError, on
+        every rank, where no server is left."""
         self._pool.newest_version = version
         while True:
             outcome = self._push(weights, version)

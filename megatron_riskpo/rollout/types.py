@@ -116,12 +116,7 @@ class RolloutEngine(SamplingEngine, Protocol):
     """One in the training processes, which gets new weights after every step."""
 
     shares_weights: ClassVar[bool]
-    """Samples from the actor's own parameters: `update_weights` reads no tensors, so none need be exported."""
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights: (Hugging Face name, full tensor) pairs, the same on every rank. `version` is what
-        `weight_version` says afterwards; cached prefixes are dropped."""
-        ...
+    """Samples from the actor's own parameters: nothing has to be brought to it."""
 
     @property
     def weight_version(self) -> int:
@@ -129,7 +124,16 @@ class RolloutEngine(SamplingEngine, Protocol):
         ...
 
     def release(self) -> None:
-        """No `generate` comes before the next `update_weights`: memory that the trainer can use may go back."""
+        """No `generate` comes before new weights: memory that the trainer can use may go back."""
+        ...
+
+
+class WholeWeightsEngine(RolloutEngine, Protocol):
+    """An engine that takes whole tensors (vLLM in the training processes takes slices: resharding/in_process.py)."""
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights: (Hugging Face name, full tensor) pairs, the same on every rank; one that shares the actor's
+        reads none. `version` is what `weight_version` says afterwards; cached prefixes are dropped."""
         ...
 
 

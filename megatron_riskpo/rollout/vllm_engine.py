@@ -4,7 +4,7 @@ import contextlib
 import gc
 import itertools
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from megatron_riskpo.config import RolloutConfig
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.shard_sink import VllmShardSink
-from megatron_riskpo.resharding.vllm_sink import checkpoint_shapes, drop_cached_prefixes, push_weights
+from megatron_riskpo.resharding.vllm_sink import drop_cached_prefixes, weight_files
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
@@ -40,7 +40,7 @@ _WEIGHT_SINK = "megatron_riskpo.resharding.vllm_sink.WeightSink"
 class VllmEngine:
     """RolloutEngine on vLLM; the default process group has to be there already (vLLM takes it over).
 
-    A fresh engine has no weights until the first `update_weights`, unless `load_checkpoint` is set.
+    A fresh engine has no weights until the first `update_shards`, unless `load_checkpoint` is set.
     """
 
     shares_weights = False
@@ -54,7 +54,6 @@ class VllmEngine:
         max_model_len: int,
         world_group: ProcessGroup,
         seed: int,
-        bucket_mib: float = 512.0,
         load_checkpoint: bool = False,
     ) -> None:
         """`max_model_len`: longest prompt + response, in tokens (one more for `token_logprobs`). Collective."""
@@ -65,11 +64,10 @@ class VllmEngine:
         self._tp = config.tp
         self._group = world_group
         self._max_model_len = max_model_len
-        self._bucket_bytes = int(bucket_mib * 2**20)
         self._weight_version = -1
         self._may_sleep, self._is_asleep, self._is_lost = config.sleep, False, False
-        self._unusable = "" if load_checkpoint else "has no weights yet; call update_weights first"
-        self._shapes = checkpoint_shapes(model_dir)
+        self._unusable = "" if load_checkpoint else "has no weights yet; call update_shards first"
+        weight_files(model_dir)
         prepare_environment(world_group.rank())
         arguments = engine_arguments(config, dtype, max_model_len, seed, load_checkpoint)
         self._llm = _build(str(model_dir), arguments | _in_process_arguments(world_group, config.sleep))
@@ -172,12 +170,6 @@ class VllmEngine:
         outputs = self._complete(requests, [params] * len(requests), lambda index, tokens: None)
         return [torch.tensor(_flat(output.prompt_logprobs), dtype=torch.float32) for output in outputs]
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See RolloutEngine. Tensors must stay unchanged until this returns. A push that fails in any way leaves
-        the engine unusable: RunError, now and at every later call. Collective."""
-        with self._updating(version):
-            push_weights(self._llm, weights, version, shapes=self._shapes, bucket_bytes=self._bucket_bytes)
-
     @property
     def tp(self) -> int:
         """Ranks of an engine."""
@@ -188,7 +180,9 @@ class VllmEngine:
         return self._llm.collective_rpc("riskpo_shard_sink", args=(expected,))[0]
 
     def update_shards(self, sink: VllmShardSink, move: Callable[[], None], version: int) -> None:
-        """As `update_weights`, with weights that `move` copies into the sink. Collective."""
+        """New weights, which `move` copies into the sink; `version` is what `weight_version` says afterwards, cached
+        prefixes are dropped. A push that fails in any way leaves the engine unusable: RunError, now and at every later
+        call. Collective."""
         with self._updating(version):
             sink.begin()
             move()
@@ -225,12 +219,12 @@ class VllmEngine:
             raise RunError(f"weights of version {version} were pushed, but the ranks' vLLM workers hold {versions}")
 
     def release(self) -> None:
-        """With rollout.sleep, give the memory of weights and KV cache back, until the next `update_weights`."""
+        """With rollout.sleep, give the memory of weights and KV cache back, until the next `update_shards`."""
         if self._may_sleep and not self._is_asleep and not self._is_lost:
             # Level 2: the weights are not kept, new ones come before they are needed.
             self._llm.sleep(level=2)
             self._is_asleep = True
-            self._unusable = "sleeps until it gets weights; call update_weights first"
+            self._unusable = "sleeps until it gets weights; call update_shards first"
 
     def _wake(self, what: str) -> None:
         """Part by part: weights and cache together may not fit beside what the export holds."""

@@ -40,7 +40,8 @@ def outcomes(folder: Path) -> dict[str, Any]:
     actor = Actor.from_hf(model_dir, ActorConfig(), OptimizerConfig(), torch.float32, grid)
     engine = HfEngine(model_dir)
     bridge = Bridge(actor, engine, BridgeConfig(verify="probe"), seed=0)
-    results: dict[str, Any] = {"equal": bridge.sync(0)["bridge/verify_logprob_abs_mean"]}
+    metrics = bridge.sync(0)
+    results: dict[str, Any] = {"equal": metrics["bridge/verify_logprob_abs_mean"], "seconds": metrics["perf/push_s"]}
 
     def refusal(version: int) -> str:
         try:

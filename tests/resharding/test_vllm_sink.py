@@ -11,7 +11,7 @@ from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.vllm_sink import WeightSink, checked, checkpoint_shapes
 from megatron_riskpo.rollout.types import SamplingConfig
 from tests.tiny_models import load_hf, make_tiny, make_tiny_qwen2
-from tests.vllm_engines import max_difference, single_rank, vllm_engine
+from tests.vllm_engines import max_difference, push_folder, single_rank, vllm_engine
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -43,47 +43,38 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 @needs_vllm
 def test_after_each_push_vllm_is_the_pushed_model(folders, monkeypatch):
     models = {name: load_hf(folder) for name, folder in folders.items()}
-    with single_rank(), vllm_engine(folders["a"], load_checkpoint=False, bucket_mib=0.02) as engine:
+    with single_rank(), vllm_engine(folders["a"], load_checkpoint=False) as engine:
         assert engine.weight_version == -1
         with pytest.raises(RunError, match="no weights yet"):
             engine.generate(PROMPTS, SAMPLING, SEEDS)
         for version, name in enumerate("aba"):
-            engine.update_weights(weights_of(folders[name]).items(), version)
+            push_folder(engine, folders[name], version)
             assert engine.weight_version == version
             rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
             assert max_difference(rollouts, models[name], 1.0) <= 1e-5
         monkeypatch.setattr(WeightSink, "riskpo_get_version", lambda worker: 2)
         with pytest.raises(RunError, match=r"version 7 were pushed.*hold \[2\]"):
-            engine.update_weights(weights_of(folders["b"]).items(), 7)
+            push_folder(engine, folders["b"], 7)
         with pytest.raises(RunError, match="half-updated"):
             engine.generate(PROMPTS, SAMPLING, SEEDS)
 
 
-def with_unknown(weights):
-    return [*weights.items(), ("model.layers.9.mlp.up_proj.weight", torch.zeros(1))]
-
-
-def cut_off(weights):
-    yield from list(weights.items())[:5]
+def die() -> None:
     raise OSError("the exporter died")
 
 
 @needs_vllm
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [(with_unknown, "none of the"), (cut_off, "OSError: the exporter died")],
-)
-def test_a_broken_push_ends_the_engine(tmp_path, damage, message):
+def test_a_broken_push_ends_the_engine(tmp_path):
     folder = make_tiny_qwen2(tmp_path, tied=True, seed=0, num_layers=1)
     with single_rank(), vllm_engine(folder) as engine:
-        engine.update_weights(weights_of(folder).items(), 3)
-        with pytest.raises(RunError, match=message):
-            engine.update_weights(damage(weights_of(folder)), 4)
+        push_folder(engine, folder, 3)
+        with pytest.raises(RunError, match="OSError: the exporter died"):
+            push_folder(engine, folder, 4, spoil=die)
         assert engine.weight_version == 3
         for call in (
             lambda: engine.generate(PROMPTS, SAMPLING, SEEDS),
             lambda: engine.token_logprobs(PROMPTS),
-            lambda: engine.update_weights(weights_of(folder).items(), 5),
+            lambda: push_folder(engine, folder, 5),
         ):
             with pytest.raises(RunError, match=r"half-updated \(push of version 4"):
                 call()

@@ -1,6 +1,7 @@
 """When a colocated vLLM gives its memory back. Not tested here: that vLLM does it, which needs a GPU."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,26 +15,30 @@ SAMPLING = SamplingConfig(group_size=1, max_response_tokens=4, temperature=1.0, 
 
 def engine(calls: list[str], monkeypatch: pytest.MonkeyPatch, *, may_sleep: bool) -> VllmEngine:
     """With a vLLM that only notes what it is told."""
-    monkeypatch.setattr(vllm_engine, "push_weights", lambda *args, **kwargs: calls.append("push"))
+    monkeypatch.setattr(vllm_engine, "drop_cached_prefixes", lambda llm: None)
     monkeypatch.setattr(VllmEngine, "_check_versions", lambda self, version: calls.append(f"check {version}"))
     one = VllmEngine.__new__(VllmEngine)
     one._llm = SimpleNamespace(
         sleep=lambda level: calls.append(f"sleep {level}"), wake_up=lambda tags: calls.append(f"wake {tags}")
     )
     one._may_sleep, one._is_asleep, one._is_lost, one._unusable, one._weight_version = may_sleep, False, False, "", -1
-    one._shapes, one._bucket_bytes = {}, 1
     return one
+
+
+def push(one: VllmEngine, calls: list[str], version: int) -> None:
+    sink: Any = SimpleNamespace(begin=lambda: None, finish=lambda version: None)
+    one.update_shards(sink, lambda: calls.append("push"), version)
 
 
 def test_it_sleeps_until_new_weights_come_and_wakes_part_by_part(monkeypatch):
     calls: list[str] = []
     one = engine(calls, monkeypatch, may_sleep=True)
-    one.update_weights([], 0)
+    push(one, calls, 0)
     one.release()
     one.release()
     with pytest.raises(RunError, match="sleeps until it gets weights"):
         one.generate([[5]], SAMPLING, [0])
-    one.update_weights([], 1)
+    push(one, calls, 1)
     one.release()
     assert calls == [
         *("push", "check 0", "sleep 2"),
@@ -44,16 +49,16 @@ def test_it_sleeps_until_new_weights_come_and_wakes_part_by_part(monkeypatch):
 def test_without_the_option_it_stays_awake(monkeypatch):
     calls: list[str] = []
     one = engine(calls, monkeypatch, may_sleep=False)
-    one.update_weights([], 0)
+    push(one, calls, 0)
     one.release()
-    one.update_weights([], 1)
+    push(one, calls, 1)
     assert calls == ["push", "check 0", "push", "check 1"]
 
 
 def test_a_push_that_fails_on_waking_leaves_it_unusable(monkeypatch):
     calls: list[str] = []
     one = engine(calls, monkeypatch, may_sleep=True)
-    one.update_weights([], 0)
+    push(one, calls, 0)
     one.release()
 
     def out_of_memory(tags: list[str]) -> None:
@@ -61,11 +66,11 @@ def test_a_push_that_fails_on_waking_leaves_it_unusable(monkeypatch):
 
     one._llm.wake_up = out_of_memory
     with pytest.raises(RunError, match="refused weights of version 1: RuntimeError: out of memory"):
-        one.update_weights([], 1)
+        push(one, calls, 1)
     one.release()
     calls.clear()
     with pytest.raises(RunError, match=r"half-updated \(push of version 1"):
         one.generate([[5]], SAMPLING, [0])
     with pytest.raises(RunError, match=r"half-updated \(push of version 1"):
-        one.update_weights([], 2)
+        push(one, calls, 2)
     assert not calls

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from megatron_riskpo.config import RolloutConfig
 from megatron_riskpo.rollout.types import SamplingConfig
 from megatron_riskpo.rollout.vllm_engine import VllmEngine
+from tests.vllm_engines import push_folder
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [20], [5, 6, 7], [30, 31, 32, 33]]
 SEEDS = [0, 1, 2, 3, 4]
@@ -29,11 +29,10 @@ def _run_layout(folder: Path, tp: int) -> dict[str, Any]:
         max_model_len=64,
         world_group=dist.group.WORLD,
         seed=0,
-        bucket_mib=0.05,
     )
     results: dict[str, Any] = {}
     for version, name in enumerate("ab"):
-        engine.update_weights(load_file(folder / name / "model.safetensors").items(), version)
+        push_folder(engine, folder / name, version)
         told: dict[int, list[int]] = {}
         results[name] = engine.generate(PROMPTS, SAMPLING, SEEDS, told.__setitem__)
         results["told"] = told

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -111,6 +112,12 @@ class Bench:
             else:
                 os.kill(process.pid or 0, number)
 
+    def kill_engine(self) -> None:
+        """Leave the first server's HTTP process without its engine: it answers 500 until it ends."""
+        process = next(iter(self.engine.processes.values()))
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+
     def rename_weights(self) -> None:
         """Make a server say that it has other weights than were pushed."""
         url = next(iter(self.engine.processes))
@@ -158,6 +165,7 @@ def faults(bench: Bench) -> Iterator[Outcome]:
     yield bench.measure("no fault", lambda: bench.generate() and None)  # type: ignore[func-returns-value]
     yield bench.measure("one of two servers killed (SIGKILL)", generate(lambda: bench.kill(signal.SIGKILL, first)))
     yield bench.measure("one of two servers stopped (SIGSTOP)", generate(lambda: bench.kill(signal.SIGSTOP, first)))
+    yield bench.measure("the engine of one killed, so that it answers 500", generate(bench.kill_engine))
     yield bench.measure("both servers killed", generate(lambda: bench.kill(signal.SIGKILL, both)))
     yield bench.measure("a server has weights of another version", generate(bench.rename_weights))
     yield bench.measure("a server stopped before a push", push_to_stopped)
