@@ -58,6 +58,7 @@ class Bridge:
         else:
             self._in_process.run(version)
         metrics["perf/pack_s"] = self._in_process.sink.pack_seconds
+        metrics["bridge/shared_memory"] = float(self._in_process.in_shared_memory)
         return metrics | push_metrics(self._in_process.report)
 
     def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:

@@ -14,10 +14,11 @@ from megatron_riskpo.resharding.layout_check import Placement, compare, traced_p
 from megatron_riskpo.resharding.placements import expected_numbers, hf_tensors, planned_placements
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, WeightPush
+from megatron_riskpo.resharding.rounds import bucket_sizes, make_rounds
 from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.base import Transport
-from megatron_riskpo.resharding.transports.gloo import GlooTransport
 from megatron_riskpo.resharding.transports.nccl import NcclTransport
+from megatron_riskpo.resharding.transports.shared_memory import SharedMemoryTransport, cpu_transport
 from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
 
@@ -33,9 +34,13 @@ class InProcessPush:
         group = dist.new_group(backend="gloo")
         self._control = Control(group, config.timeout_s)  # type: ignore[arg-type]
         self._control.agree(_fingerprint(self.layout), "the bridge's layout")
-        transport: Transport = NcclTransport(grid.world) if grid.device.type == "cuda" else GlooTransport(group)  # type: ignore[arg-type]
+        plan = plan_rank(self.layout, grid.rank)
+        sizes = [size * self.layout.item_size for size in bucket_sizes(make_rounds(plan))]
+        on_gpu = grid.device.type == "cuda"
+        transport: Transport = NcclTransport(grid.world) if on_gpu else cpu_transport(group, sizes)  # type: ignore[arg-type]
+        self.in_shared_memory = isinstance(transport, SharedMemoryTransport)
         self.push = WeightPush(
-            plan_rank(self.layout, grid.rank), parameters, transport,
+            plan, parameters, transport,
             timeout_s=config.timeout_s, with_checksums=config.verify == "checksum",
         )  # fmt: skip
         self._tp_rank = grid.rank % engine.tp

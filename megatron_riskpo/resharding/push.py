@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.checksums import checksum
 from megatron_riskpo.resharding.plan import RankPlan
-from megatron_riskpo.resharding.rounds import Message, Part, Round, make_rounds
+from megatron_riskpo.resharding.rounds import Message, Part, Round, bucket_sizes, make_rounds
 from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport, reason_of
 from megatron_riskpo.resharding.transports.local import copy_within_rank
 
@@ -95,10 +95,9 @@ class WeightPush:
         return PushReport(time.perf_counter() - start, moved, plan.num_bytes(plan.receives) - moved, peak)
 
     def _allocate(self) -> list[Tensor]:
-        """Two buckets, each as large as its largest round; freed after the push: the GPU's memory is the engine's."""
+        """Two buckets. On a GPU they are freed after the push: its memory is the engine's."""
         example = next(iter(self._parameters.values())).detach()
-        sizes = [max((step.numel for step in self.rounds[first::2]), default=0) for first in (0, 1)]
-        return [example.new_empty(size) for size in sizes]
+        return self._transport.buckets(bucket_sizes(self.rounds), example)
 
     def _start(self, step: Round, bucket: Tensor, sink: ShardSink, version: int) -> _Flight:
         sends, receives = [], []

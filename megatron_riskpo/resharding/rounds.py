@@ -1,5 +1,6 @@
 """A rank's plan made ready to run: per round the messages, and where in them each slice lies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -87,3 +88,8 @@ def _part(plan: RankPlan, transfer: np.void, offset: int, numel: int) -> Part:
     assert place is not None  # destinations are rollout ranks
     source = source_slice(plan.layout, int(transfer["source"]), transfer)
     return Part(offset, numel, source, target_slice(plan.layout, place[1], transfer))
+
+
+def bucket_sizes(rounds: Sequence[Round]) -> list[int]:
+    """Numbers in the two buckets that take turns, each as large as its largest round."""
+    return [max((step.numel for step in rounds[first::2]), default=0) for first in (0, 1)]

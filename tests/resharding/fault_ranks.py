@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.control import Control
@@ -21,9 +22,11 @@ from megatron_riskpo.resharding.memory_sink import MemorySink
 from megatron_riskpo.resharding.pieces import Model
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import WeightPush
+from megatron_riskpo.resharding.rounds import bucket_sizes, make_rounds
 from megatron_riskpo.resharding.schedule import BridgeLayout
-from megatron_riskpo.resharding.transports.base import Parcel, PendingRound
+from megatron_riskpo.resharding.transports.base import Parcel, PendingRound, Transport
 from megatron_riskpo.resharding.transports.gloo import GlooTransport
+from megatron_riskpo.resharding.transports.shared_memory import SharedMemoryTransport, cpu_transport
 from tests.resharding.whole_model import actor_parameters, rollout_parameters
 
 NUM_RANKS = 3
@@ -43,21 +46,24 @@ def fault_layout() -> BridgeLayout:
     return BridgeLayout(Model.of(MODEL), actor, rollout, item_size=8, bucket_bytes=2**17)
 
 
-class FaultyTransport(GlooTransport):
-    """Gloo, and on the victim, at its first message from then on, the fault."""
+class FaultyTransport:
+    """A transport, and on the victim, at its first message from then on, the fault."""
 
-    def __init__(self, group: dist.ProcessGroup, fault: str, folder: Path) -> None:
-        super().__init__(group)
-        self.fault, self.folder, self.count, self.is_done = fault, folder, 0, False
+    def __init__(self, inner: Transport, rank: int, fault: str, folder: Path) -> None:
+        self.inner, self.rank, self.fault, self.folder = inner, rank, fault, folder
+        self.count, self.is_done = 0, False
 
-    def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> PendingRound:  # type: ignore[override]
+    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        return self.inner.buckets(sizes, like)
+
+    def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> PendingRound:
         self.count += 1
-        now = self.count >= FAULT_AT and self.group.rank() == VICTIM and bool(receives) and not self.is_done
+        now = self.count >= FAULT_AT and self.rank == VICTIM and bool(receives) and not self.is_done
         self.is_done |= now
         if now and self.fault in ("SIGKILL", "SIGSTOP"):
             (self.folder / "fault_time").write_text(str(time.time()))
             os.kill(os.getpid(), getattr(signal, self.fault))
-        pending = super().start(sends, receives)
+        pending = self.inner.start(sends, receives)
         return _Corrupting(pending, receives[0]) if now and self.fault == "corruption" else pending
 
 
@@ -72,13 +78,17 @@ class _Corrupting:
         self.parcel.buffer[3] += 1
 
 
-def push(group: dist.ProcessGroup, fault: str, folder: Path) -> str:
-    """What became of a push: "" if it went well."""
-    layout, rank = fault_layout(), group.rank()
+def push(group: dist.ProcessGroup, case: str, folder: Path) -> str:
+    """What became of a push: "" if it went well. The case is a fault, over gloo where it says so."""
+    layout, rank, (fault, *over) = fault_layout(), group.rank(), case.split()
+    plan = plan_rank(layout, rank)
+    shared = cpu_transport(group, [8 * size for size in bucket_sizes(make_rounds(plan))])
+    assert isinstance(shared, SharedMemoryTransport)
+    inner = GlooTransport(group) if over else shared
     parameters, control = actor_parameters(layout, rank), Control(group, TIMEOUT_S)
     sink = MemorySink(layout, 0, next(iter(parameters.values())))
     run = WeightPush(
-        plan_rank(layout, rank), parameters, FaultyTransport(group, fault, folder), timeout_s=TIMEOUT_S,
+        plan, parameters, FaultyTransport(inner, rank, fault, folder), timeout_s=TIMEOUT_S,
         with_checksums=fault == "corruption",
     )  # fmt: skip
     version = 7 + (fault == "version" and rank == VICTIM)

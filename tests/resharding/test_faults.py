@@ -37,10 +37,10 @@ def outcomes(faults: list[str], folder: Path, ranks: list[int]) -> list[dict[str
 
 
 def test_corruption_and_a_wrong_version_are_refused(tmp_path):
-    found = outcomes(["version", "none", "corruption"], tmp_path / "ranks", list(range(NUM_RANKS)))
+    found = outcomes(["version", "none over gloo", "none", "corruption"], tmp_path / "ranks", list(range(NUM_RANKS)))
     for rank, outcome in enumerate(found):
         assert "do not agree on the version of the weights (rank 0: 7, rank 1: 8" in outcome["version"]["message"]
-        assert outcome["none"]["message"] == ""
+        assert outcome["none"]["message"] == outcome["none over gloo"]["message"] == ""
         # Who received the damaged bucket says it; the others wait for it in vain, but not for long.
         expected = ["is corrupted: of "] if rank == VICTIM else ["waited", "did not go through"]
         assert any(part in outcome["corruption"]["message"] for part in expected), rank
@@ -50,7 +50,7 @@ def test_corruption_and_a_wrong_version_are_refused(tmp_path):
     assert "1 have another checksum than there, the first is of 'model." in message
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("fault", ["SIGKILL over gloo", "SIGSTOP"])
 def test_a_dead_or_stopped_rank_ends_the_others(tmp_path, fault):
     found = outcomes([fault], tmp_path / "ranks", SURVIVORS)
     happened = float((tmp_path / "ranks/fault_time").read_text())

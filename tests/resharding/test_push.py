@@ -19,7 +19,7 @@ from megatron_riskpo.resharding.memory_sink import MemorySink
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, fresh_buckets
 from tests.resharding.fault_ranks import fault_layout
 from tests.resharding.layout_strategies import bridge_layouts
 from tests.resharding.whole_model import actor_parameters, rollout_parameters
@@ -33,6 +33,9 @@ class QueueTransport:
     def __init__(self, rank: int, wires: Wires, change: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone):
         self.rank, self.wires, self.change = rank, wires, change
         self.in_flight = self.most_in_flight = self.launches = 0
+
+    def buckets(self, sizes: Sequence[int], like: torch.Tensor) -> list[torch.Tensor]:
+        return fresh_buckets(sizes, like)
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "QueueTransport.Pending":
         self.in_flight += 1

@@ -43,7 +43,7 @@ def test_the_ranks_fill_their_shards_in_every_way(tmp_path: Path, run_script: Ca
     assert first["received"] == (found["bytes"] - norms) // 2
     assert second["shard"] == (found["bytes"] + norms) // 2
     for case in (first, second):
-        assert set(case["ways"]) == {"memcpy", "push", "gather"}
+        assert set(case["ways"]) == {"memcpy", "push", "push over sockets", "gather"}
         assert case["buckets"] == 2 * 2**20
         assert case["engine"]["sync"] > case["engine"]["pack"] > 0
     assert "| pp 2 -> tp 2, gather |" in capsys.readouterr().out

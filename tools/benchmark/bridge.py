@@ -1,9 +1,10 @@
 """Seconds, GB/s and memory of a weight push between two CPU ranks over gloo.
 
-A Qwen2 model of random weights (float32). Three ways fill the buffers that vLLM's parameters would be, on both ranks at
-once, taking turns: memcpy, the same bytes copied within a rank; push, the planned bridge; gather, its first form, where
-every tensor is gathered whole on every rank, which then takes its part. All end with the same bits. Medians between
-barriers. Memory is the resident set above that before, of the rank with most; of the push two buckets are allowed.
+A Qwen2 model of random weights (float32). Four ways fill the buffers that vLLM's parameters would be, on both ranks at
+once, taking turns: memcpy, the same bytes copied within a rank; push, the planned bridge through shared memory, and the
+same over sockets (gloo); gather, its first form, where every tensor is gathered whole on every rank, which then takes
+its part. All end with the same bits. Medians between barriers. Memory is the resident set above that before, of the
+rank with most (shared buckets last, so that they are in it before); of the push two buckets are allowed.
 With an engine, whole syncs into vLLM are timed as well, and what of them is vLLM's own packing of its layers.
 Usage: python tools/benchmark/bridge.py [--json bridge.json] [--skip-engine]
 """

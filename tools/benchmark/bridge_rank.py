@@ -1,4 +1,4 @@
-"""One rank of bridge.py: memcpy, planned push and whole gather of the same weights in turn; then a real engine."""
+"""One rank of bridge.py: memcpy, planned pushes and whole gather of the same weights in turn; then a real engine."""
 
 import argparse
 import json
@@ -24,8 +24,10 @@ from megatron_riskpo.resharding.pieces import Model
 from megatron_riskpo.resharding.placements import planned_placements
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import WeightPush
+from megatron_riskpo.resharding.rounds import bucket_sizes, make_rounds
 from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.gloo import GlooTransport
+from megatron_riskpo.resharding.transports.shared_memory import cpu_transport
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
@@ -63,7 +65,11 @@ def transfer(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, 
         Model.of(hf_config), ActorLayout.of(config, num_ranks), rollout, 4, int(task["bucket_mib"] * 2**20)
     )
     sink = MemorySink(layout, grid.rank % tp, next(iter(parameters.values())).data)
-    push = WeightPush(plan_rank(layout, grid.rank), parameters, GlooTransport(grid.world), timeout_s=600)
+    plan = plan_rank(layout, grid.rank)
+    shared = cpu_transport(grid.world, [4 * size for size in bucket_sizes(make_rounds(plan))])
+    push, over_sockets = (
+        WeightPush(plan, parameters, transport, timeout_s=600) for transport in (shared, GlooTransport(grid.world))
+    )
     shape = shape_of(hf_config)
     exported, places = (
         plan_export(chunks, family_of(hf_config), shape, grid),
@@ -74,6 +80,7 @@ def transfer(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, 
     ways: dict[str, Callable[[], object]] = {
         "memcpy": lambda: [sink.parameters[name].copy_(tensor) for name, tensor in reference.items()],
         "push": lambda: push.run(sink, 0),
+        "push over sockets": lambda: over_sockets.run(sink, 0),
         "gather": lambda: gather_into(sink, export_weights(chunks, exported, shape, grid), places),
     }
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -85,7 +92,6 @@ def transfer(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, 
             assert all(torch.equal(sink.parameters[key], tensor) for key, tensor in reference.items()), name
             if turn:  # the first does not count
                 turns[name].append(found)
-    plan = push.plan
     return {
         "turns": turns,
         "shard": plan.num_bytes(plan.receives), "received": plan.num_bytes(plan.remote),

@@ -38,9 +38,18 @@ class PendingRound(Protocol):
 class Transport(Protocol):
     """Messages between two ranks arrive in the order in which both name them."""
 
+    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Memory for the rounds under way, of so many numbers each; `like` has the dtype and device."""
+        ...
+
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> PendingRound:
         """Launch a round, all its messages at once; does not wait."""
         ...
+
+
+def fresh_buckets(sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Memory that is freed after the push."""
+    return [like.new_empty(size) for size in sizes]
 
 
 def launch(

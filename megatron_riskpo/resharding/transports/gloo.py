@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch, reason_of, remaining
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, fresh_buckets, launch, reason_of, remaining
 
 
 class GlooTransport:
@@ -13,6 +14,10 @@ class GlooTransport:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+
+    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """See Transport."""
+        return fresh_buckets(sizes, like)
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "GlooRound":
         """See Transport."""
@@ -28,7 +33,12 @@ class GlooRound:
     def wait(self, deadline: float) -> None:
         """See PendingRound."""
         for parcel, action, work in self._works:
-            try:
-                work.wait(timedelta(seconds=remaining(deadline)))
-            except RuntimeError as error:
-                raise PeerError(parcel.peer, action, reason_of(error)) from error
+            wait_for(parcel, action, work, deadline)
+
+
+def wait_for(parcel: Parcel, action: str, work: dist.Work, deadline: float) -> None:
+    """Until one message has come or gone; PeerError as PendingRound."""
+    try:
+        work.wait(timedelta(seconds=remaining(deadline)))
+    except RuntimeError as error:
+        raise PeerError(parcel.peer, action, reason_of(error)) from error

@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, fresh_buckets, launch
 
 _LOOK_EVERY_S = 2e-4
 
@@ -19,6 +20,10 @@ class NcclTransport:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+
+    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """See Transport."""
+        return fresh_buckets(sizes, like)
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "NcclRound":
         """See Transport."""
