@@ -103,7 +103,8 @@ def test_servers_run_on_nodes_of_their_own_and_end_with_the_run(submit: Submit) 
         *shape, SCRIPTS / "train.sbatch", "--server-nodes=1", "--servers-per-node=2", "my.toml", "--rollout.tp", "4"
     )
     job.end("COMPLETED")
-    servers, ranks = started(job, "serve.*"), started(job, "train.*")
+    # Whichever asked first is the first step: by their GPUs.
+    servers, ranks = sorted(started(job, "serve.*"), key=lambda words: words[1]), started(job, "train.*")
     attempt = job.logs / "attempt_1"
     assert [words[:2] for words in servers] == [["n1", "0,1,2,3"], ["n1", "4,5,6,7"]]
     for index, words in enumerate(servers):
