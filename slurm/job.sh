@@ -114,6 +114,13 @@ run_ranks() {
     return "$code"
 }
 
+# preflight CONFIG [--section.key value ...]: where env.sh has one; ends the job if it fails.
+preflight() {
+    if ((${#PREFLIGHT[@]} > 0)); then
+        run_ranks preflight -- "${RISKPO[@]}" "${PREFLIGHT[@]}" "$@" || finish $?
+    fi
+}
+
 # tail_of_failed PHASE: which rank failed first, and its last words.
 tail_of_failed() {
     local first

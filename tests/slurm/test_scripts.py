@@ -27,7 +27,7 @@ while [[ $1 == serve && $# -gt 1 ]]; do
     fi
     set -- "$1" "${@:3}"
 done
-touch "$RISKPO_DONE_FILE"
+[[ $1 == doctor ]] || touch "$RISKPO_DONE_FILE"
 """
 ARGUMENTS = {
     "train": ["my.toml"],
@@ -88,6 +88,22 @@ def test_arguments_reach_every_rank_as_they_are(submit: Submit) -> None:
     assert [words[2:] for words in started(job, "train.*")] == [["train", *arguments]] * 4
     assert sorted(words[0] for words in started(job, "train.*")) == ["n0", "n0", "n1", "n1"]
     assert (phase(job), (job.folder / "evil").exists()) == ("done", False)
+
+
+def test_a_preflight_runs_before_the_training_and_can_end_the_job(submit: Submit, tmp_path: Path) -> None:
+    with (tmp_path / "env.sh").open("a") as env:
+        env.write("PREFLIGHT=(doctor --job)\n")
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "my.toml", "--actor.tp", "2")
+    job.end("COMPLETED")
+    assert [words[2:] for words in started(job, "doctor.0_*")] == [
+        ["doctor", "--job", "my.toml", "--actor.tp", "2"]
+    ] * 2
+    assert len(started(job, "train.1_*")) == 2
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "bad")
+    job.end("FAILED")
+    lines = [line for line in log(job, 1, "batch").splitlines() if line.startswith("20")]
+    assert [line.split()[1] for line in lines] == ["preflight", "failed"]
+    assert len(started(job, "train.*")) == 2
 
 
 def test_what_ends_without_being_done_is_no_success(submit: Submit, tmp_path: Path) -> None:
