@@ -32,5 +32,9 @@ server_host() {
     echo "$1"
 }
 
+# What all ranks of a training job run first, before anything is loaded: arguments of riskpo, to which configuration and
+# options are added. Where it fails the job ends.
+PREFLIGHT=()
+
 # A folder that all nodes see, through which weights go to rollout servers on other nodes; empty: the attempt's own.
 TRANSFER_DIR=

@@ -1,6 +1,12 @@
 # What all job scripts of this folder do alike; they read this file, which is not run by itself.
 # shellcheck shell=bash
 
+WARNED=       # USR1 came: the time limit is near, or the job has to make way
+TERMINATED=   # TERM came: the job is cancelled
+# Until there is something to tell: env.sh may take its time.
+trap WARNED=yes USR1
+trap TERMINATED=yes TERM INT
+
 # shellcheck source=env.sh
 . "${RISKPO_ENV:-$RISKPO_SLURM/env.sh}"
 
@@ -16,8 +22,6 @@ export RISKPO_FAILED_FILE=$ATTEMPT_DIR/failed
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
-WARNED=       # USR1 came: the time limit is near, or the job has to make way
-TERMINATED=   # TERM came: the job is cancelled
 STEP=         # the srun of the ranks
 SERVERS=()    # the sruns of rollout servers
 
@@ -81,6 +85,9 @@ RANK='trap : USR1 TERM; "$@"; code=$?
 # run_ranks PHASE [SRUN_OPTION ...] -- COMMAND ...: a rank a task, a log a rank; the first that fails ends the others.
 run_ranks() {
     local name=$1 options=() watcher code
+    if [ -n "$WARNED$TERMINATED" ]; then
+        return 1
+    fi
     shift
     phase "$name"
     while [ "$1" != -- ]; do
@@ -91,7 +98,7 @@ run_ranks() {
     srun "${CONTAINER_ARGS[@]}" "${options[@]}" --kill-on-bad-exit=0 --output="$ATTEMPT_DIR/${name}_%t.log" \
         bash -c "$RANK" rank "$@" &
     STEP=$!
-    # A signal that came before there was a step has reached no rank.
+    # A signal that came in between has reached no rank.
     if [ -n "$WARNED$TERMINATED" ]; then
         kill -USR1 "$STEP"
     fi
@@ -105,6 +112,13 @@ run_ranks() {
         tail_of_failed "$name"
     fi
     return "$code"
+}
+
+# preflight CONFIG [--section.key value ...]: where env.sh has one; ends the job if it fails.
+preflight() {
+    if ((${#PREFLIGHT[@]} > 0)); then
+        run_ranks preflight -- "${RISKPO[@]}" "${PREFLIGHT[@]}" "$@" || finish $?
+    fi
 }
 
 # tail_of_failed PHASE: which rank failed first, and its last words.

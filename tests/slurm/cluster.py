@@ -113,7 +113,7 @@ class Cluster:
     def stop(self) -> None:
         """Jobs and daemons, by the process ids that they wrote down."""
         self.run("scancel", "--user=root", check=False)
-        self.wait(lambda: not self.run("squeue", "--noheader", check=False), 30)
+        self.wait(lambda: not self.run("squeue", "--noheader", check=False))
         for file in (*self.folder.glob("*.pid"), self.folder / "munge" / "pid"):
             os.kill(int(file.read_text()), signal.SIGTERM)
 

@@ -27,7 +27,7 @@ while [[ $1 == serve && $# -gt 1 ]]; do
     fi
     set -- "$1" "${@:3}"
 done
-touch "$RISKPO_DONE_FILE"
+[[ $1 == doctor ]] || touch "$RISKPO_DONE_FILE"
 """
 ARGUMENTS = {
     "train": ["my.toml"],
@@ -90,6 +90,22 @@ def test_arguments_reach_every_rank_as_they_are(submit: Submit) -> None:
     assert (phase(job), (job.folder / "evil").exists()) == ("done", False)
 
 
+def test_a_preflight_runs_before_the_training_and_can_end_the_job(submit: Submit, tmp_path: Path) -> None:
+    with (tmp_path / "env.sh").open("a") as env:
+        env.write("PREFLIGHT=(doctor --job)\n")
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "my.toml", "--actor.tp", "2")
+    job.end("COMPLETED")
+    assert [words[2:] for words in started(job, "doctor.0_*")] == [
+        ["doctor", "--job", "my.toml", "--actor.tp", "2"]
+    ] * 2
+    assert len(started(job, "train.1_*")) == 2
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "bad")
+    job.end("FAILED")
+    lines = [line for line in log(job, 1, "batch").splitlines() if line.startswith("20")]
+    assert [line.split()[1] for line in lines] == ["preflight", "failed"]
+    assert len(started(job, "train.*")) == 2
+
+
 def test_what_ends_without_being_done_is_no_success(submit: Submit, tmp_path: Path) -> None:
     (tmp_path / "riskpo").write_text("#!/bin/bash\nexit 0\n")
     job = submit(SCRIPTS / "train.sbatch", "my.toml")
@@ -103,7 +119,8 @@ def test_servers_run_on_nodes_of_their_own_and_end_with_the_run(submit: Submit) 
         *shape, SCRIPTS / "train.sbatch", "--server-nodes=1", "--servers-per-node=2", "my.toml", "--rollout.tp", "4"
     )
     job.end("COMPLETED")
-    servers, ranks = started(job, "serve.*"), started(job, "train.*")
+    # Whichever asked first is the first step: by their GPUs.
+    servers, ranks = sorted(started(job, "serve.*"), key=lambda words: words[1]), started(job, "train.*")
     attempt = job.logs / "attempt_1"
     assert [words[:2] for words in servers] == [["n1", "0,1,2,3"], ["n1", "4,5,6,7"]]
     for index, words in enumerate(servers):
