@@ -200,6 +200,12 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         (["--data.max_prompt_tokens", "500"], 1, "500 + 64 = 564 exceeds the model's max_position_embeddings = 512"),
         (["--model.path", "runs/a/hf", "--run.name", "a"], 1, "runs/a/hf is where this run writes its own model"),
         (["--run.steps", "0"], 1, "run.steps = 0 is out of range; it must be >= 1"),
+        (["--run.stall_limit_s", "-1"], 1, "run.stall_limit_s = -1.0 is out of range; it must be >= 0"),
+        (
+            ["--run.stall_limit_s", "120"],
+            1,
+            "run.stall_limit_s = 120 would end a run that waits as long as bridge.timeout_s = 120 allows; raise it",
+        ),
         (["--run.name", "a/b"], 1, "run.name = 'a/b' is no folder name"),
         (["--data.prompt_template", "hello"], 1, "has no {problem}"),
         (["--loss.clip_low", "2"], 1, "loss.clip_low = 2.0 is out of range"),

@@ -303,6 +303,26 @@ def test_signal_saves_and_exits_0(folder, number, options):
     assert f"stopped by a signal after step {last} of 2000" in output
 
 
+def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(folder):
+    limit_s = 10
+    arguments = ("train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", "stalled", "--run.steps", "2000")
+    limits = ("--run.stall_limit_s", limit_s, "--bridge.timeout_s", "5")
+    process = start(folder, *arguments, "--rollout.engine", "megatron", *limits)
+    wait_for_step(folder, process, "stalled", 2)
+    run_dir = folder / "runs" / "stalled"
+    os.kill(json.loads((run_dir / "heartbeats" / "rank_1.json").read_text())["pid"], signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    output = process.communicate(timeout=120)[0]
+    assert time.monotonic() - stopped_at < limit_s + 10
+    assert process.returncode == 1, output[-4000:]
+    line = error_line(output)
+    assert line.startswith(f"error: no progress within run.stall_limit_s = {limit_s} s: rank 1 (")
+    assert "stopped by a signal (SIGSTOP); 1 of 2 ranks wait for it" in line
+    waiting, stopped = ((run_dir / "stall" / f"rank_{rank}.txt").read_text() for rank in (0, 1))
+    assert "torch/distributed/" in waiting
+    assert all("in train_step" in stacks for stacks in (waiting, stopped))
+
+
 def test_stopped_sft_exports_nothing_and_exits_1(folder):
     process = start(folder, "sft", "base.toml", "--run.name", "sft-stopped", "--sft.steps", "2000")
     output = signal_after_step(folder, process, "sft-stopped", 20, signal.SIGTERM)

@@ -181,6 +181,12 @@ def report_error(message: str, exit_code: int, *, expected: bool) -> None:
     os.write(int(fd), json.dumps(report).encode() + b"\n")
 
 
+def inherited_fds() -> list[int]:
+    """What a process needs to have passed on that `report_error` is called in for this rank."""
+    fd = os.environ.get(_ERROR_FD)
+    return [] if fd is None else [int(fd)]
+
+
 @dataclass
 class _Child:
     rank: int
