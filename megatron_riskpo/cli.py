@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint_parser(commands)
     add_convert(commands)
     add_plan(commands, _OVERRIDES_HELP)
-    add_doctor(commands)
+    add_doctor(commands, _OVERRIDES_HELP)
     add_serve(commands, _OVERRIDES_HELP)
     add_slurm(commands)
     add_evaluate(commands)
