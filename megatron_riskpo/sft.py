@@ -54,7 +54,7 @@ def run_sft(config: SftConfig, env: RankEnv, stop: StopSignal) -> int:
             (run_dir / MADE_FROM).unlink(missing_ok=True)
         _make(config, grid, stop, run_dir, watchdog)
         if grid.rank == 0:
-            write_run_record(config, run_dir)
+            write_run_record(config, run_dir, env.world_size)
             (run_dir / MADE_FROM).write_text(json.dumps(identity, indent=2))
             print(f"model: {run_dir / 'hf'}")
         dist.barrier()

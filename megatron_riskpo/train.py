@@ -55,7 +55,7 @@ def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
         if all_done:
             trainer.observer.log(f"all {config.run.steps} steps are done; nothing to train")
         elif grid.rank == 0:
-            write_run_record(config, run_dir)
+            write_run_record(config, run_dir, env.world_size)
         completed = all_done or trainer.run()
         if completed:
             observer.enter("export")

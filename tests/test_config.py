@@ -373,7 +373,7 @@ def test_a_broken_model_folder_is_a_usage_error(content, message: str, tmp_path)
 
 def test_run_record_holds_what_a_rerun_needs(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/x/cli.py", "train", "x.toml", "--actor.tp", "2"])
-    path = write_run_record(TrainConfig(), tmp_path / "run")
+    path = write_run_record(TrainConfig(), tmp_path / "run", 2)
     record = json.loads(path.read_text())
     assert path == tmp_path / "run" / "config.json"
     assert [item.name for item in path.parent.iterdir()] == ["config.json"]

@@ -153,7 +153,7 @@ def test_the_spectrum_of_ones_own_gives_what_the_page_says(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
 @pytest.mark.parametrize(
-    "page", ["risk.md", "methods.md", "benchmarks_risk.md", "server.md", "slurm.md", "watchdog.md", "doctor.md"]
+    "page", ["risk.md", "methods.md", "benchmarks_risk.md", "server.md", "slurm.md", "watchdog.md", "doctor.md", "scaling.md"]
 )
 )
 def test_links_lead_somewhere(page):

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_riskpo.checkpoint.manifest import corrupted_files, read_manifest
+from megatron_riskpo.sweep import read_sweep
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import hf_token_logprobs, load_hf
 
@@ -321,6 +322,23 @@ def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(folder):
     waiting, stopped = ((run_dir / "stall" / f"rank_{rank}.txt").read_text() for rank in (0, 1))
     assert "torch/distributed/" in waiting
     assert all("in train_step" in stacks for stacks in (waiting, stopped))
+
+
+def test_a_sweep_on_one_and_two_ranks_is_reported(folder):
+    """The first two lines of examples/scaling/quickstart_cpu.txt: strong scaling."""
+    lines = read_sweep(ROOT / "examples" / "scaling" / "quickstart_cpu.txt")[:2]
+    for words in lines:
+        options = ("--rollout.engine", "megatron", "--run.dir", "runs/scaling", "--run.steps", "4")
+        train(folder, "named by its line", *options, *words)
+    runs = [folder / "runs" / "scaling" / name for name in ("1rank", "2ranks_strong")]
+    assert [json.loads((path / "config.json").read_text())["ranks"] for path in runs] == [1, 2]
+    rows = run(folder, "report", "--scaling", *runs).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:4]]
+    assert [row[:4] for row in cells] == [["1rank", "1", "one rank", "32"], ["2ranks_strong", "2", "dp 2", "32"]]
+    assert cells[0][7] == "100%"
+    assert float(cells[1][5]) / float(cells[0][5]) == pytest.approx(float(cells[1][7].rstrip("%")) / 100, abs=0.006)
+    assert all("rollout" in row[9] and "update" in row[9] for row in cells)
+    assert (folder / "scaling.html").is_file()
 
 
 def test_stopped_sft_exports_nothing_and_exits_1(folder):
