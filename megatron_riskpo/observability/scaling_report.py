@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.charts import COLORS, Chart, finish, new_figure
@@ -42,21 +43,21 @@ def _speed_chart(runs: Sequence[ScalingRun]) -> Chart | None:
     groups = [("strong", group) for group in strong_groups(runs)] + [("weak", group) for group in weak_groups(runs)]
     for index, (kind, group) in enumerate(groups):
         color = COLORS[index % len(COLORS)]
-        figure.add_scatter(
-            x=[run.ranks for run in group], y=[run.tokens_per_second for run in group],
-            text=[run.name for run in group], name=f"{kind}: {group[0].layout}", mode="lines+markers", line={"color": color, "width": 2.5},
-        )  # fmt: skip
+        line = {"color": color, "width": 2.5}
+        _add_points(figure, group, name=f"{kind}: {group[0].layout}", mode="lines+markers", line=line)
     alone = [run for run in runs if not any(run in group for _, group in groups)]
     if alone:
-        figure.add_scatter(
-            x=[run.ranks for run in alone], y=[run.tokens_per_second for run in alone],
-            text=[run.name for run in alone], name="other layouts", mode="markers",
-            marker={"color": COLORS[-1], "size": 9},
-        )  # fmt: skip
+        marker = {"color": COLORS[-1], "size": 9}
+        _add_points(figure, alone, name="other layouts", mode="markers", marker=marker)
     figure.update_layout(showlegend=True, hovermode="closest")
     figure.update_yaxes(rangemode="tozero")
     caption = "Flat is ideal. Strong: the same work a step on more ranks; weak: the same work a rank."
     return finish("Speed", caption, figure)
+
+
+def _add_points(figure: Any, runs: Sequence[ScalingRun], **style: Any) -> None:
+    speeds = [run.tokens_per_second for run in runs]
+    figure.add_scatter(x=[run.ranks for run in runs], y=speeds, text=[run.name for run in runs], **style)
 
 
 def _phase_chart(runs: Sequence[ScalingRun]) -> Chart | None:
