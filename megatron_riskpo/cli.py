@@ -114,13 +114,19 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("config", metavar="X.toml", help="configuration file (examples/ has commented ones)")
         command.add_argument("overrides", metavar="...", nargs=argparse.REMAINDER, help=_OVERRIDES_HELP)
-    text = "Write report.html (curves and tables, one file) into a run folder."
+    text = "Write report.html (curves and tables, one file) into a run folder, or compare the speed of several runs."
     report = commands.add_parser("report", help=text, description=text)
-    report.add_argument("run_dir", metavar="RUN_DIR", help="a run folder, for example runs/quickstart")
+    report.add_argument(
+        "run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="a run folder, for example runs/quickstart"
+    )
+    report.add_argument(
+        "--scaling", action="store_true", help="tokens/s a rank, MFU, phases of all RUN_DIRs: a table and a page"
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="where --scaling writes its page; ./scaling.html")
     _add_checkpoint_parser(commands)
     add_convert(commands)
     add_plan(commands, _OVERRIDES_HELP)
-    add_doctor(commands)
+    add_doctor(commands, _OVERRIDES_HELP)
     add_serve(commands, _OVERRIDES_HELP)
     add_slurm(commands)
     add_evaluate(commands)
@@ -216,9 +222,17 @@ def _print_registry(option: str) -> int:
 
 
 def _report(args: argparse.Namespace, arguments: list[str]) -> int:
+    if args.scaling:
+        from megatron_riskpo.observability.scaling_report import write_scaling_report
+
+        target = args.out or Path("scaling.html")
+        print(f"{write_scaling_report(args.run_dirs, target)}\n\n{target}")
+        return 0
     from megatron_riskpo.observability.report import write_report
 
-    print(write_report(Path(args.run_dir)))
+    if len(args.run_dirs) > 1 or args.out:
+        raise UsageError("riskpo report takes one run folder, and --out with --scaling only; add --scaling")
+    print(write_report(args.run_dirs[0]))
     return 0
 
 

@@ -30,6 +30,10 @@ class RunConfig:
     timeout_s: float = 600.0
     """A collective that waits longer than this, in seconds, ends the run (a peer is dead or hung); so does a
     checkpoint whose writing in the background takes longer."""
+    stall_limit_s: float = 1800.0
+    """A rank that stays in one phase of a step (rollout, update, ...) longer than this, in seconds, ends the run on all
+    ranks, with everybody's stacks in the run folder and the names of the ranks that lag; 0: no watchdog. Until the
+    first step is done, run.timeout_s counts where it is longer."""
 
 
 @dataclass(frozen=True)

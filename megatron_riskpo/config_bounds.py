@@ -11,6 +11,7 @@ BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("run.seed", ">=", 0),
     ("run.ranks", ">=", 0),
     ("run.timeout_s", ">", 0),
+    ("run.stall_limit_s", ">=", 0),
     ("data.train_size", ">=", 1),
     ("data.evaluation_size", ">=", 1),
     ("data.prompts_per_step", ">=", 1),

@@ -16,6 +16,7 @@ from megatron_riskpo.config_layout import LAYOUT_RULES, mlp_columns
 from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
 from megatron_riskpo.config_servers import SERVER_RULES, sleep_device, transfer_dir
 from megatron_riskpo.config_sft import ModelShapeConfig, SftConfig
+from megatron_riskpo.config_waits import WAIT_RULES
 from megatron_riskpo.data.sources import GYM_PREFIX
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.reference import check_grader_name
@@ -355,6 +356,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     engine_layout,
     engine_split,
     *SERVER_RULES,
+    *WAIT_RULES,
     lengths,
     pass_at_k,
     keep_every,

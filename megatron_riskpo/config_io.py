@@ -97,10 +97,12 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def write_run_record(config: Any, run_dir: str | Path) -> Path:
-    """Write run_dir/config.json, atomically: command line, resolved configuration, versions, git commit."""
+def write_run_record(config: Any, run_dir: str | Path, ranks: int) -> Path:
+    """Write run_dir/config.json, atomically: command line, number of ranks, resolved configuration, versions, git
+    commit."""
     record = {
         "command": ["riskpo", *sys.argv[1:]],
+        "ranks": ranks,
         "config": resolved(config),
         "versions": {
             "megatron-riskpo": __version__,

@@ -14,7 +14,8 @@ from megatron_riskpo.errors import UsageError
 # laid out, which changes its speed but not what is computed.
 FREE_SECTIONS = ("bridge", "server", "evaluation", "checkpoint", "logging")
 FREE_OPTIONS = (
-    *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s", "run.accept_changes"),
+    *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s", "run.stall_limit_s"),
+    "run.accept_changes",
     *("actor.tp", "actor.pp", "actor.vp", "actor.cp", "actor.ep", "actor.sequence_parallel"),
     *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens"),
     *("actor.recompute", "actor.offload_optimizer", "actor.offload_gradients"),

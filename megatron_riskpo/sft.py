@@ -28,6 +28,7 @@ from megatron_riskpo.distributed.signals import StopSignal, agree
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.rollout.types import Rollouts
+from megatron_riskpo.watchdog.watch import Watchdog
 
 RECORD_EVERY = 20
 SENTENCEPIECE_MODEL = "tokenizer.model"
@@ -41,7 +42,7 @@ def run_sft(config: SftConfig, env: RankEnv, stop: StopSignal) -> int:
     Raises RunError when a signal ends it: nothing is exported then, and what would use the model must not go on.
     """
     run_dir = Path(config.run.dir) / config.run.name
-    with rank_runtime(env, config.run, config.actor) as grid:
+    with Watchdog(config.run, env) as watchdog, rank_runtime(env, config.run, config.actor) as grid:
         identity = _identity(config, env.world_size)
         if _is_made(run_dir, identity):
             if grid.rank == 0:
@@ -51,18 +52,19 @@ def run_sft(config: SftConfig, env: RankEnv, stop: StopSignal) -> int:
         if grid.rank == 0:
             # From here on hf/ may be older than this configuration.
             (run_dir / MADE_FROM).unlink(missing_ok=True)
-        _make(config, grid, stop, run_dir)
+        _make(config, grid, stop, run_dir, watchdog)
         if grid.rank == 0:
-            write_run_record(config, run_dir)
+            write_run_record(config, run_dir, env.world_size)
             (run_dir / MADE_FROM).write_text(json.dumps(identity, indent=2))
             print(f"model: {run_dir / 'hf'}")
         dist.barrier()
     return 0
 
 
-def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) -> None:
+def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path, watchdog: Watchdog) -> None:
     from megatron_riskpo.actor.actor import Actor, summarize_steps, supervised_loss
 
+    watchdog.enter("model")
     data = config.data
     examples = load_questions(data.train, size=data.train_size, seed=config.run.seed, options=data.options)
     check_template(data.prompt_template, "problem")
@@ -82,7 +84,7 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
     actor = Actor(
         hf_config, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid, config.model.path or None
     )
-    with Observer(run_dir, LoggingConfig(), config.sft.steps, 0, is_writer=grid.rank == 0) as observer:
+    with Observer(run_dir, LoggingConfig(), config.sft.steps, 0, watchdog, is_writer=grid.rank == 0) as observer:
         recent: list[dict[str, float]] = []
         for step in range(1, config.sft.steps + 1):
             batch = solved_examples([encoded[row] for row in stream.next_batch()])
@@ -99,6 +101,7 @@ def _make(config: SftConfig, grid: RankGrid, stop: StopSignal, run_dir: Path) ->
                     f"stopped by a signal after step {step} of {config.sft.steps}; no model was exported; "
                     "run the same command to start anew"
                 )
+    watchdog.enter("export")
     actor.save_hf(run_dir / "hf", lambda folder: carry_tokenizer(tokenizer, tokenizer_dir, folder))
 
 
@@ -143,6 +146,7 @@ def _qwen2_config(shape: ModelShapeConfig, tokenizer: Any) -> dict[str, Any]:
 def _identity(config: SftConfig, world_size: int) -> dict[str, Any]:
     """What decides the weights: the options (but where the run lives and how long it may wait), the files that they
     name, the number of ranks and the code's version. JSON-able."""
+    run = dataclasses.replace(config.run, dir="", timeout_s=0.0, stall_limit_s=0.0)
     files = {}
     if not config.data.train.startswith(GYM_PREFIX) and Path(config.data.train).is_file():
         files["data"] = _digest(Path(config.data.train))
@@ -151,7 +155,7 @@ def _identity(config: SftConfig, world_size: int) -> dict[str, Any]:
         files["model"] = _digest(base / "config.json")
         files |= {path.name: path.stat().st_size for path in sorted(base.glob("*.safetensors"))}
     return {
-        "options": resolved(dataclasses.replace(config, run=dataclasses.replace(config.run, dir="", timeout_s=0.0))),
+        "options": resolved(dataclasses.replace(config, run=run)),
         "files": files,
         "world_size": world_size,
         "version": __version__,

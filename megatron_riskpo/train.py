@@ -27,6 +27,7 @@ from megatron_riskpo.rewards.from_config import references_of
 from megatron_riskpo.rewards.start import started_pool
 from megatron_riskpo.rollout.source import RolloutSource
 from megatron_riskpo.rollout.types import SamplingConfig
+from megatron_riskpo.watchdog.watch import Watchdog
 
 if TYPE_CHECKING:
     from megatron_riskpo.checkpoint.training_state import Checkpoint
@@ -36,21 +37,28 @@ if TYPE_CHECKING:
 def run_training(config: TrainConfig, env: RankEnv, stop: StopSignal) -> int:
     """Train, from the newest complete checkpoint if there is one. Exit code 0: done, or stopped by a signal."""
     run_dir = Path(config.run.dir) / config.run.name
-    with rank_runtime(env, config.run, config.actor) as grid, contextlib.ExitStack() as stack:
+    with (
+        Watchdog(config.run, env) as watchdog,
+        rank_runtime(env, config.run, config.actor) as grid,
+        contextlib.ExitStack() as stack,
+    ):
         from megatron_riskpo.checkpoint.training_state import agree_on_latest
 
         checkpoint = agree_on_latest(run_dir / "checkpoints", grid.world)
         changes = _accepted_changes(config, run_dir, checkpoint) if checkpoint is not None else {}
-        trainer = _build(config, grid, stop, run_dir, checkpoint.step if checkpoint is not None else 0, stack)
+        start_step = checkpoint.step if checkpoint is not None else 0
+        observer = Observer(run_dir, config.logging, config.run.steps, start_step, watchdog, is_writer=grid.rank == 0)
+        trainer = _build(config, grid, stop, run_dir, start_step, observer, stack)
         if checkpoint is not None:
             _restore(trainer, checkpoint, changes)
         all_done = trainer.step >= config.run.steps
         if all_done:
             trainer.observer.log(f"all {config.run.steps} steps are done; nothing to train")
         elif grid.rank == 0:
-            write_run_record(config, run_dir)
+            write_run_record(config, run_dir, env.world_size)
         completed = all_done or trainer.run()
         if completed:
+            observer.enter("export")
             trainer.actor.save_hf(
                 run_dir / "hf", lambda folder: carry_tokenizer(trainer.tokenizer, config.model.path, folder)
             )
@@ -83,8 +91,9 @@ def _restore(trainer: "Trainer", checkpoint: "Checkpoint", changes: dict[str, st
 
 
 def _build(
-    config: TrainConfig, grid: RankGrid, stop: StopSignal, run_dir: Path, start_step: int, stack: contextlib.ExitStack
-) -> Any:
+    config: TrainConfig, grid: RankGrid, stop: StopSignal, run_dir: Path, start_step: int, observer: Observer,
+    stack: contextlib.ExitStack,
+) -> Any:  # fmt: skip
     # Megatron may only be imported once rank_runtime has put the CPU backend in place.
     from megatron_riskpo.actor.actor import Actor
     from megatron_riskpo.actor.reference import reference_weights
@@ -93,7 +102,7 @@ def _build(
     from megatron_riskpo.resharding.bridge import Bridge
     from megatron_riskpo.trainer import Trainer
 
-    observer = Observer(run_dir, config.logging, config.run.steps, start_step, is_writer=grid.rank == 0)
+    observer.enter("questions")
     tokenizer = load_tokenizer(config.model.path)
     train_set, held_out, evaluation_sets = _question_sets(config, tokenizer, observer)
     # Before the model: a prompt and a grader that do not go together are found in seconds.
@@ -107,9 +116,11 @@ def _build(
     shortage = too_few_questions(config, len(train_set.prompts))
     if shortage:
         raise UsageError(shortage)
+    observer.enter("model")
     actor = Actor.from_hf(config.model.path, config.actor, config.optimizer, getattr(torch, config.model.dtype), grid)
     # Now: the actor's weights are those of model.path only until a checkpoint is loaded.
     reference = reference_weights(torch.nn.ModuleList(actor.chunks), config.loss)
+    observer.enter("engine")
     engine = _build_engine(config, actor, grid, run_dir, observer, all_done=start_step >= config.run.steps)
     stack.callback(engine.close)
     saver = CheckpointSaver(

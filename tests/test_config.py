@@ -200,6 +200,12 @@ def test_missing_file_names_the_one_that_is_there(toml) -> None:
         (["--data.max_prompt_tokens", "500"], 1, "500 + 64 = 564 exceeds the model's max_position_embeddings = 512"),
         (["--model.path", "runs/a/hf", "--run.name", "a"], 1, "runs/a/hf is where this run writes its own model"),
         (["--run.steps", "0"], 1, "run.steps = 0 is out of range; it must be >= 1"),
+        (["--run.stall_limit_s", "-1"], 1, "run.stall_limit_s = -1.0 is out of range; it must be >= 0"),
+        (
+            ["--run.stall_limit_s", "120"],
+            1,
+            "run.stall_limit_s = 120 would end a run that waits as long as bridge.timeout_s = 120 allows; raise it",
+        ),
         (["--run.name", "a/b"], 1, "run.name = 'a/b' is no folder name"),
         (["--data.prompt_template", "hello"], 1, "has no {problem}"),
         (["--loss.clip_low", "2"], 1, "loss.clip_low = 2.0 is out of range"),
@@ -367,7 +373,7 @@ def test_a_broken_model_folder_is_a_usage_error(content, message: str, tmp_path)
 
 def test_run_record_holds_what_a_rerun_needs(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/x/cli.py", "train", "x.toml", "--actor.tp", "2"])
-    path = write_run_record(TrainConfig(), tmp_path / "run")
+    path = write_run_record(TrainConfig(), tmp_path / "run", 2)
     record = json.loads(path.read_text())
     assert path == tmp_path / "run" / "config.json"
     assert [item.name for item in path.parent.iterdir()] == ["config.json"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from megatron_riskpo.algorithms.config import MismatchConfig
-from megatron_riskpo.config import ActorConfig, BridgeConfig, RolloutConfig, ServerConfig, TrainConfig
+from megatron_riskpo.config import ActorConfig, BridgeConfig, RolloutConfig, ServerConfig, TrainConfig, TrainRunConfig
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_checks import TRAIN_RULES, engine_split, problems
 from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.config_servers import SERVER_RULES
+from megatron_riskpo.config_waits import stall_limit
 
 TIS = {"mismatch": MismatchConfig(correction="tis")}
 
@@ -87,3 +88,24 @@ def test_sleep_needs_a_gpu():
 def test_every_number_has_a_range(name):
     wrong = dataclasses.replace(TrainConfig(), server=ServerConfig(**{name: -1}))
     assert f"server.{name} = -1 is out of range" in (out_of_bounds(wrong) or "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "urls", "longest"),
+    [
+        (0, (), None),
+        (601, (), None),
+        (600, (), "server.request_timeout_s = 600"),
+        (700, (), "server.start_timeout_s = 800"),
+        (700, ("http://a:1",), None),
+    ],
+)
+def test_a_stall_is_longer_than_the_waits_that_servers_may_take(limit, urls, longest):
+    start = 800 if limit == 700 else 300
+    config = dataclasses.replace(
+        on_servers(server_urls=urls),
+        run=TrainRunConfig(stall_limit_s=limit),
+        server=ServerConfig(start_timeout_s=start),
+    )
+    found = stall_limit(Setup(config, 1, {}))
+    assert found is None if longest is None else f"as long as {longest} allows" in found

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_riskpo.checkpoint.manifest import corrupted_files, read_manifest
+from megatron_riskpo.sweep import read_sweep
 from tests.distributed.ranks import run_on_ranks
 from tests.tiny_models import hf_token_logprobs, load_hf
 
@@ -301,6 +302,43 @@ def test_signal_saves_and_exits_0(folder, number, options):
     last = metrics(folder, name)[-1]["step"]
     assert (folder / "runs" / name / "checkpoints" / f"step_{last}" / "manifest.json").is_file()
     assert f"stopped by a signal after step {last} of 2000" in output
+
+
+def test_a_stopped_rank_ends_the_run_within_the_limit_and_is_named(folder):
+    limit_s = 10
+    arguments = ("train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", "stalled", "--run.steps", "2000")
+    limits = ("--run.stall_limit_s", limit_s, "--bridge.timeout_s", "5")
+    process = start(folder, *arguments, "--rollout.engine", "megatron", *limits)
+    wait_for_step(folder, process, "stalled", 2)
+    run_dir = folder / "runs" / "stalled"
+    os.kill(json.loads((run_dir / "heartbeats" / "rank_1.json").read_text())["pid"], signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    output = process.communicate(timeout=120)[0]
+    assert time.monotonic() - stopped_at < limit_s + 10
+    assert process.returncode == 1, output[-4000:]
+    line = error_line(output)
+    assert line.startswith(f"error: no progress within run.stall_limit_s = {limit_s} s: rank 1 (")
+    assert "stopped by a signal (SIGSTOP); 1 of 2 ranks wait for it" in line
+    waiting, stopped = ((run_dir / "stall" / f"rank_{rank}.txt").read_text() for rank in (0, 1))
+    assert "torch/distributed/" in waiting
+    assert all("in train_step" in stacks for stacks in (waiting, stopped))
+
+
+def test_a_sweep_on_one_and_two_ranks_is_reported(folder):
+    """The first two lines of examples/scaling/quickstart_cpu.txt: strong scaling."""
+    lines = read_sweep(ROOT / "examples" / "scaling" / "quickstart_cpu.txt")[:2]
+    for words in lines:
+        options = ("--rollout.engine", "megatron", "--run.dir", "runs/scaling", "--run.steps", "4")
+        train(folder, "named by its line", *options, *words)
+    runs = [folder / "runs" / "scaling" / name for name in ("1rank", "2ranks_strong")]
+    assert [json.loads((path / "config.json").read_text())["ranks"] for path in runs] == [1, 2]
+    rows = run(folder, "report", "--scaling", *runs).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:4]]
+    assert [row[:4] for row in cells] == [["1rank", "1", "one rank", "32"], ["2ranks_strong", "2", "dp 2", "32"]]
+    assert cells[0][7] == "100%"
+    assert float(cells[1][5]) / float(cells[0][5]) == pytest.approx(float(cells[1][7].rstrip("%")) / 100, abs=0.006)
+    assert all("rollout" in row[9] and "update" in row[9] for row in cells)
+    assert (folder / "scaling.html").is_file()
 
 
 def test_stopped_sft_exports_nothing_and_exits_1(folder):

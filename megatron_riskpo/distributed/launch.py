@@ -87,8 +87,13 @@ def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list such as n[03-07,9],m1."""
     first = re.match(r"[^,\[]+(?=,|$)", nodelist)
-    if first:
-        return first[0]
+    return first[0] if first else all_hosts(nodelist)[0]
+
+
+def all_hosts(nodelist: str) -> list[str]:
+    """The hosts of a Slurm node list, in its order. Raises RunError where scontrol does not expand it."""
+    if "[" not in nodelist:
+        return nodelist.split(",")
     command = ["scontrol", "show", "hostnames", nodelist]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -96,26 +101,25 @@ def first_host(nodelist: str) -> str:
         raise RunError(
             f"scontrol could not expand {nodelist} ({error}); export MASTER_ADDR as its first host"
         ) from error
-    return done.stdout.split()[0]
+    return done.stdout.split()
 
 
-def init_process_group(env: RankEnv, timeout_s: float, *, on_cpu: bool = False) -> None:
+def init_process_group(env: RankEnv, timeout_s: float, *, on_cpu: bool = False, store: Any = None) -> None:
     """Initialise torch's default group: gloo for CPU tensors and, where there is a GPU, NCCL for GPU tensors; gloo
     alone with on_cpu, whatever GPUs there are.
 
-    `timeout_s`, in seconds, bounds the rendezvous and every collective. Raises RunError if there are fewer GPUs than
-    local ranks.
+    `timeout_s`, in seconds, bounds the rendezvous and every collective. `store`: one that all ranks are connected to,
+    in place of a rendezvous. Raises RunError if there are fewer GPUs than local ranks.
     """
     import torch
     import torch.distributed as dist
 
     backend = "gloo"
     if torch.cuda.is_available() and not on_cpu:
-        torch.cuda.set_device(_gpu_of(env, torch.cuda.device_count()))
+        torch.cuda.set_device(gpu_of(env, torch.cuda.device_count()))
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
-    store = None
-    if env.self_launched:
+    if store is None and env.self_launched:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -128,7 +132,8 @@ def init_process_group(env: RankEnv, timeout_s: float, *, on_cpu: bool = False) 
     dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout)
 
 
-def _gpu_of(env: RankEnv, num_gpus: int) -> int:
+def gpu_of(env: RankEnv, num_gpus: int) -> int:
+    """The index of the rank's GPU among those that it sees. Raises RunError where there are too few."""
     if env.local_rank < num_gpus:
         return env.local_rank
     # Slurm's GPU binding and CUDA_VISIBLE_DEVICES per task show each rank one GPU, its own.
@@ -179,6 +184,12 @@ def report_error(message: str, exit_code: int, *, expected: bool) -> None:
     # Below PIPE_BUF, so that the line arrives whole.
     report = {"at": time.monotonic(), "message": message[:1000], "exit_code": exit_code, "expected": expected}
     os.write(int(fd), json.dumps(report).encode() + b"\n")
+
+
+def inherited_fds() -> list[int]:
+    """What a process needs to have passed on that `report_error` is called in for this rank."""
+    fd = os.environ.get(_ERROR_FD)
+    return [] if fd is None else [int(fd)]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -42,34 +43,35 @@ def gpus_here() -> list[GpuState]:
     """Those that torch can use; starts a CUDA context on each."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-        found.append(GpuState(name, free, total, capability))
-    return found
+    return [gpu_state(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def gpu_state(index: int) -> GpuState:
+    """Of one GPU; starts a CUDA context on it."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return GpuState(name, free, total, capability)
 
 
 def gpu_lines(gpus: Sequence[GpuState], built_for: str | None, driver: bool) -> list[Line]:
     """built_for: the CUDA version of torch, None of a torch for CPUs; driver: whether nvidia-smi is there."""
     if not gpus:
         return [_no_gpu(built_for, driver)]
-    lines = []
-    for index, gpu in enumerate(gpus):
-        name = f"GPU {index}"
-        found = f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
-        if gpu.capability < OLDEST_ARCHITECTURE:
-            remedy = 'use an A100 or newer, or model.dtype = "float32"'
-            lines.append(
-                Line(name, "fail", f"{found}, compute capability {gpu.capability[0]}.{gpu.capability[1]}", remedy)
-            )
-        elif gpu.free < FREE_SHARE * gpu.total:
-            lines.append(Line(name, "warn", found, "end the processes that nvidia-smi shows on it"))
-        else:
-            lines.append(Line(name, "ok", found))
-    return lines
+    return [gpu_line(f"GPU {index}", gpu) for index, gpu in enumerate(gpus)]
+
+
+def gpu_line(name: str, gpu: GpuState) -> Line:
+    """Of one GPU, by whatever name."""
+    found = f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
+    if gpu.capability < OLDEST_ARCHITECTURE:
+        remedy = 'use an A100 or newer, or model.dtype = "float32"'
+        found = f"{found}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+        return Line(name, "fail", found, remedy)
+    if gpu.free < FREE_SHARE * gpu.total:
+        return Line(name, "warn", found, "end the processes that nvidia-smi shows on it")
+    return Line(name, "ok", found)
 
 
 def _no_gpu(built_for: str | None, driver: bool) -> Line:
@@ -193,7 +195,7 @@ def disk_line(disk: Disk) -> Line:
 def measure_disk(folder: Path, size: int = TEST_BYTES) -> Disk:
     """Write a file of `size` bytes to the disk under `folder` (or the nearest parent that exists) and delete it."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    file = place / f".riskpo_doctor_{os.getpid()}"
+    file = place / f".riskpo_doctor_{socket.gethostname()}_{os.getpid()}"
     try:
         free = shutil.disk_usage(place).free
         if free < 2 * size:

@@ -22,7 +22,7 @@ from megatron_riskpo.config_servers import server_urls
 from megatron_riskpo.errors import UsageError
 
 IDLE_OPTIONS = (
-    *("run.name", "run.dir", "rollout.engine", "rollout.group_size", "rollout.temperature"),
+    *("run.name", "run.dir", "run.stall_limit_s", "rollout.engine", "rollout.group_size", "rollout.temperature"),
     *("rollout.dynamic_sampling", "rollout.max_refills", "rollout.placement", "rollout.servers", "rollout.server_urls"),
     *("rollout.max_staleness", "rollout.sleep"),
     *("rewards.overlong_buffer_tokens", "rewards.overlong_penalty", "rewards.format_bonus"),

@@ -11,16 +11,20 @@ from megatron_riskpo.observability.metrics import MetricsWriter
 from megatron_riskpo.observability.progress import Progress
 from megatron_riskpo.observability.samples import drop_samples_after, write_samples
 from megatron_riskpo.observability.timing import PhaseTimer
+from megatron_riskpo.watchdog.watch import Watchdog
 
 
 class Observer:
     """Every rank has one and measures its phases; only rank 0's writes and speaks."""
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, num_steps: int, start_step: int, is_writer: bool) -> None:
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, num_steps: int, start_step: int, watchdog: Watchdog, is_writer: bool
+    ) -> None:
         self._config = config
+        self._watchdog = watchdog
         self._run_dir = run_dir
         self._progress = Progress(num_steps, enabled=is_writer, start_step=start_step)
-        self._timer = PhaseTimer(self._progress.phase)
+        self._timer = PhaseTimer(self.enter)
         self._memory = PhaseMemory()
         if is_writer:
             drop_samples_after(run_dir, start_step)
@@ -35,6 +39,11 @@ class Observer:
         if self._metrics is not None:
             self._metrics.close()
 
+    def enter(self, phase: str) -> None:
+        """Say that this rank begins a phase: to the user, and to the watchdog."""
+        self._progress.phase(phase)
+        self._watchdog.enter(phase)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the body as time/<name>_s and memory/<name>_peak_gib of the step."""
@@ -47,6 +56,7 @@ class Observer:
         if self._metrics is not None:
             self._metrics.write(step, row)
         self._progress.step(step, row)
+        self._watchdog.step_done(step)
 
     def record_phases(self, step: int) -> None:
         """Add the phases that followed `record` to the same step's line."""

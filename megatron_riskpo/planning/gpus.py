@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_riskpo.observability.performance import DEVICE_PEAK_FLOPS
+from megatron_riskpo.observability.performance import DEVICE_PEAK_FLOPS, device_peak_flops
 
 GIB = 2**30
 
@@ -35,6 +35,14 @@ GPUS: dict[str, Gpu] = {
     )
 }
 """By the name that `riskpo plan --gpu` takes."""
+
+
+def gpu_named(device_name: str) -> Gpu | None:
+    """The GPU by the name that CUDA gives it; None for others, PCIe boards among them."""
+    peak = device_peak_flops(device_name)
+    words = device_name.upper().replace("-", " ").split()
+    return next((gpu for name, gpu in GPUS.items() if peak is not None and name.upper() in words), None)
+
 
 GPUS_A_NODE = 8
 

@@ -38,6 +38,12 @@ def layer_parameters(hf_config: Mapping[str, Any]) -> tuple[int, int]:
     return attention + norms + 3 * hidden * hf_config["intermediate_size"], 0
 
 
+def checkpoint_bytes(hf_config: Mapping[str, Any], dtype: str) -> int:
+    """Of a training checkpoint: weights, AdamW's two moments in float32, and float32 main weights beside others."""
+    main_weights = 0 if dtype == "float32" else BYTES["float32"]
+    return count_parameters(hf_config) * (BYTES[dtype] + main_weights + 2 * BYTES["float32"])
+
+
 def kv_bytes_per_token(hf_config: Mapping[str, Any], dtype: str, tp: int) -> int:
     """Of the KV cache on one of tp ranks; key-value heads are copied where there are fewer than ranks."""
     shape = shape_of(hf_config)

