@@ -152,9 +152,8 @@ def test_the_spectrum_of_ones_own_gives_what_the_page_says(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-@pytest.mark.parametrize(
-    "page", ["risk.md", "methods.md", "benchmarks_risk.md", "server.md", "slurm.md", "watchdog.md", "doctor.md", "scaling.md"]
-)
+    "page",
+    ["risk.md", "methods.md", "benchmarks_risk.md", "server.md", "slurm.md", "watchdog.md", "doctor.md", "scaling.md"],
 )
 def test_links_lead_somewhere(page):
     texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
