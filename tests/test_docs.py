@@ -151,10 +151,7 @@ def test_the_spectrum_of_ones_own_gives_what_the_page_says(tmp_path, monkeypatch
     assert printed.getvalue() == shown
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["risk.md", "methods.md", "benchmarks_risk.md", "server.md", "slurm.md", "watchdog.md", "doctor.md", "scaling.md"],
-)
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_links_lead_somewhere(page):
     texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
     anchors = {
@@ -168,4 +165,5 @@ def test_links_lead_somewhere(page):
             continue
         file, _, anchor = target.partition("#")
         assert (ROOT / "docs" / file).exists(), target
-        assert not anchor or anchor in anchors[file or page], target
+        # Of pages elsewhere in the project only the file is looked for.
+        assert not anchor or anchor in anchors.get(file or page, {anchor}), target

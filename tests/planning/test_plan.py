@@ -192,6 +192,7 @@ WRONG = {
     "engine_split": (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, {}),
     "placement": (["--rollout.max_staleness", "1"], 1, {}),
     "server_urls": (["--rollout.engine", "vllm", *SERVER, "--rollout.server_urls", "ftp://x"], 1, {}),
+    "stall_limit": (["--run.stall_limit_s", "60", "--bridge.timeout_s", "60"], 1, {}),
     "staleness_correction": (["--rollout.engine", "vllm", *SERVER, "--rollout.max_staleness", "1"], 1, {}),
     "start_timeout": (["--rollout.engine", "vllm", *SERVER, "--server.start_timeout_s", "9000"], 1, {}),
     "verification": (["--rollout.engine", "vllm", *SERVER, "--bridge.verify", "golden"], 1, {}),
