@@ -36,5 +36,8 @@ server_host() {
 # options are added. Where it fails the job ends.
 PREFLIGHT=()
 
+# Times that a job whose ranks failed, or stood still, is requeued all the same, to go on from its last checkpoint.
+RETRIES=0
+
 # A folder that all nodes see, through which weights go to rollout servers on other nodes; empty: the attempt's own.
 TRANSFER_DIR=

@@ -157,9 +157,19 @@ finish() {
         phase cancelled
         exit 143
     fi
-    phase failed
     echo "exit code $code"
+    touch "$RISKPO_FAILED_FILE"
+    # 2: wrong input, which does not get better.
+    if ((code != 0 && code != 2 && $(num_failures) <= RETRIES)); then
+        requeue
+    fi
+    phase failed
     exit "$((code ? code : 1))"
+}
+
+# Attempts that failed.
+num_failures() {
+    find "$JOB_DIR" -path '*/attempt_*/failed' | wc -l
 }
 
 stop_servers() {
