@@ -195,12 +195,12 @@ stay_if_preempted() {
 # Never after TERM: it would bring a cancelled job back to life.
 requeue() {
     local try
-    # Slurm ends this script with TERM, once it has put the job back.
+    # Slurm sends TERM as it puts the job back.
     trap '' TERM
     phase requeued
     for try in 1 2 3 4 5; do
         if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
-            sleep 60
+            # At once: it would be killed only KillWait later.
             exit 0
         fi
         echo "attempt $try at a requeue failed"
