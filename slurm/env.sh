@@ -33,8 +33,11 @@ server_host() {
 }
 
 # What all ranks of a training job run first, before anything is loaded: arguments of riskpo, to which configuration and
-# options are added. Where it fails the job ends.
-PREFLIGHT=()
+# options are added. Where it fails the job ends. PREFLIGHT=() leaves it out.
+PREFLIGHT=(doctor --job)
+
+# Times that a job whose ranks failed, or stood still, is requeued all the same, to go on from its last checkpoint.
+RETRIES=0
 
 # A folder that all nodes see, through which weights go to rollout servers on other nodes; empty: the attempt's own.
 TRANSFER_DIR=

@@ -157,9 +157,19 @@ finish() {
         phase cancelled
         exit 143
     fi
-    phase failed
     echo "exit code $code"
+    touch "$RISKPO_FAILED_FILE"
+    # 2: wrong input, which does not get better.
+    if ((code != 0 && code != 2 && $(num_failures) <= RETRIES)); then
+        requeue
+    fi
+    phase failed
     exit "$((code ? code : 1))"
+}
+
+# Attempts that failed.
+num_failures() {
+    find "$JOB_DIR" -path '*/attempt_*/failed' | wc -l
 }
 
 stop_servers() {
@@ -185,12 +195,12 @@ stay_if_preempted() {
 # Never after TERM: it would bring a cancelled job back to life.
 requeue() {
     local try
-    # Slurm ends this script with TERM, once it has put the job back.
+    # Slurm sends TERM as it puts the job back.
     trap '' TERM
     phase requeued
     for try in 1 2 3 4 5; do
         if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
-            sleep 60
+            # At once: it would be killed only KillWait later.
             exit 0
         fi
         echo "attempt $try at a requeue failed"

@@ -61,6 +61,7 @@ ENV = """
 RISKPO=({riskpo})
 CONVERT_OPTIONS=(--ntasks=1 --time=10)
 EVALUATE_OPTIONS=(--ntasks=1 --time=10)
+PREFLIGHT=()
 # Both nodes are this machine.
 export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo
 server_host() {{ echo 127.0.0.1; }}

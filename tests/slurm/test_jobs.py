@@ -69,12 +69,16 @@ def _sweep(cluster: Cluster) -> dict[str, Job]:
 
 
 def _chain(cluster: Cluster) -> dict[str, Job]:
+    """Its training is the one that begins with an examination of the nodes."""
     folder = cluster.folder.parent / "chain"
     folder.mkdir()
+    env = (folder.parent / "env.sh").read_text().replace("PREFLIGHT=()\n", "")
+    (folder / "env.sh").write_text(env)
     limits = ("--rollout.max_response_tokens", "4", "--data.max_prompt_tokens", "16")
     said = cluster.run(
         SCRIPTS / "chain.sh", "runs/run", folder.parent / "questions.jsonl", *TWO_NODES, "--time=60",
         "--", folder.parent / "run.toml", "--", *limits, cwd=folder,
+        RISKPO_ENV=str(folder / "env.sh"),
     )  # fmt: skip
     words = said.split()
     return {name: Job(cluster, folder, id) for name, id in zip(words[::2], words[1::2], strict=True)}
@@ -196,6 +200,7 @@ def test_a_bad_line_of_a_sweep_marks_only_its_own_task(jobs: dict[str, Job]) -> 
 def test_a_chain_trains_converts_and_evaluates(jobs: dict[str, Job]) -> None:
     for name in ("train", "convert", "evaluate"):
         jobs[name].end("COMPLETED")
+    assert "versions of all ranks: the same on 2 ranks" in log(jobs["train"], 1, "preflight_0")
     starts = [jobs[name].shown("StartTime") for name in ("train", "convert", "evaluate")]
     assert starts == sorted(starts)
     run = jobs["train"].folder / "runs" / "run"

@@ -106,6 +106,15 @@ def test_a_preflight_runs_before_the_training_and_can_end_the_job(submit: Submit
     assert len(started(job, "train.*")) == 2
 
 
+def test_a_failed_job_is_tried_again_as_often_as_env_says(submit: Submit, tmp_path: Path) -> None:
+    with (tmp_path / "env.sh").open("a") as env:
+        env.write("RETRIES=1\n")
+    job = submit(SCRIPTS / "train.sbatch", "bad")
+    job.end("FAILED")
+    assert (job.shown("Restarts"), job.shown("ExitCode"), phase(job)) == ("1", "3:0", "failed")
+    assert ["rank 0 on n0: exit code 3\n" in log(job, attempt, "batch") for attempt in (1, 2)] == [True, True]
+
+
 def test_what_ends_without_being_done_is_no_success(submit: Submit, tmp_path: Path) -> None:
     (tmp_path / "riskpo").write_text("#!/bin/bash\nexit 0\n")
     job = submit(SCRIPTS / "train.sbatch", "my.toml")
