@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.plan_command import GPU_NAMES, model_config, quieten
+from megatron_riskpo.sweep import read_sweep
 
 if TYPE_CHECKING:
     from megatron_riskpo.config import TrainConfig
@@ -100,7 +101,7 @@ def _runs(args: argparse.Namespace) -> list[_Run]:
     if args.server_nodes:
         raise UsageError("--sweep and --server-nodes do not go together; submit such runs one by one")
     runs = []
-    for number, words in enumerate(_lines(args.sweep), start=1):
+    for number, words in enumerate(read_sweep(args.sweep), start=1):
         named = ["--run.name", f"{args.sweep.stem}_{number}", *args.overrides, *words]
         try:
             runs.append(_planned(args, named))
@@ -111,21 +112,6 @@ def _runs(args: argparse.Namespace) -> list[_Run]:
     if twice:
         raise UsageError(f"{args.sweep}: {names.count(twice[0])} lines have run.name = {twice[0]}; give each its own")
     return runs
-
-
-def _lines(file: Path) -> list[list[str]]:
-    """The words of each line that is neither empty nor a comment, as sweep.sbatch reads them."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--sweep {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not lines:
-        raise UsageError(f"--sweep {file} has no line of options; write one a run, for example --optimizer.lr 1e-6")
-    try:
-        return [shlex.split(line) for line in lines]
-    except ValueError as error:
-        raise UsageError(f"--sweep {file}: {error}; close the quotes") from error
 
 
 def _array(args: argparse.Namespace, num: int) -> str:

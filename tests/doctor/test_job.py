@@ -81,8 +81,8 @@ def test_a_bare_job_with_its_configuration(tmp_path: Path) -> None:
 JOBS = {
     "two nodes": ([0, 1], 2, ["same", "--expect-between", "1e6"]),
     "another torch": ([0, 1], 2, ["other"]),
-    "rank 1 and 2 missing": ([0], 3, ["same", "--timeout", "15"]),
-    "rank 0 missing": ([1], 3, ["same", "--timeout", "15"]),
+    "rank 1 and 2 missing": ([0], 3, ["same", "--timeout", "6"]),
+    "rank 0 missing": ([1], 3, ["same", "--timeout", "6"]),
 }
 """Ranks that are started, of how many, and how."""
 
@@ -126,7 +126,7 @@ def test_ranks_that_do_not_come_are_named(jobs) -> None:
     ((code, out, err),) = jobs["rank 1 and 2 missing"]
     assert (code, out) == (1, "")
     assert err == (
-        "error: 1 of 3 ranks came within 15 s, from n0; ranks 1, 2 did not; look at their output, or leave their "
+        "error: 1 of 3 ranks came within 6 s, from n0; ranks 1, 2 did not; look at their output, or leave their "
         "nodes out (sbatch --exclude)\n"
     )
     ((code, out, err),) = jobs["rank 0 missing"]
