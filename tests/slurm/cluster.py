@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 REQUIRED = "RISKPO_REQUIRE_SLURM"
@@ -116,6 +117,10 @@ class Cluster:
         self.wait(lambda: not self.run("squeue", "--noheader", check=False))
         for file in (*self.folder.glob("*.pid"), self.folder / "munge" / "pid"):
             os.kill(int(file.read_text()), signal.SIGTERM)
+        # One that has not told the controller of its end would try for ever.
+        for process in psutil.process_iter(["name", "cwd"]):
+            if process.info["name"] == "slurmstepd" and Path(process.info["cwd"] or "/").is_relative_to(self.folder):
+                process.kill()
 
     def run(self, *command: object, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
         """What a client prints. With a dead controller they would hang for minutes."""
