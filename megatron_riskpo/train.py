@@ -79,10 +79,11 @@ def _accepted_changes(config: TrainConfig, run_dir: Path, checkpoint: "Checkpoin
 
 def _restore(trainer: "Trainer", checkpoint: "Checkpoint", changes: dict[str, str]) -> None:
     """Go on from the checkpoint, and say what is otherwise than it was."""
-    from megatron_riskpo.checkpoint.training_state import load_checkpoint
+    from megatron_riskpo.checkpoint.training_state import load_checkpoint, load_rollouts
 
     state, anew = without_outdated(load_checkpoint(checkpoint, trainer.actor), changes)
-    trainer.restore(state)
+    # Under other options the same question may have another answer.
+    trainer.restore(state, {} if changes else load_rollouts(checkpoint, trainer.actor))
     trainer.observer.log(f"resumed from {checkpoint.path} at step {trainer.step}")
     for key, change in changes.items():
         trainer.observer.log(f"changed since then: {key} {change}")

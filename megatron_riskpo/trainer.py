@@ -1,6 +1,6 @@
 """The RiskPO loop: collect (generate and score), advantages, update, sync."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -274,17 +274,17 @@ class Trainer:
     def save(self, metrics: dict[str, float]) -> None:
         """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown.
 
-        The rollout engine is not among it: what it samples depends on weights, prompts and seeds only. Of responses
-        under way the questions are saved."""
+        The rollout engine is not among it: what it samples depends on weights, prompts and seeds only."""
         state = {"step": self.step, "stream": self.source.state_dict(), "objective": self.objective.state_dict()}
         shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        self.saver.save(self.step, self.actor, state, shown)
+        self.saver.save(self.step, self.actor, state, shown, self.source.under_way())
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `save`'s state; the actor has loaded its own part. A data position of None starts anew."""
+    def restore(self, state: dict[str, Any], under_way: Mapping[str, Any]) -> None:
+        """Go on from `save`'s state; the actor has loaded its own part. A data position of None starts anew.
+        `under_way`: what this rank had of the next steps' rollouts, or nothing."""
         self.step = state["step"]
         if state["stream"] is not None:
-            self.source.load_state_dict(state["stream"])
+            self.source.load_state_dict(state["stream"], under_way)
         self.objective.load_state_dict(state["objective"])
 
 

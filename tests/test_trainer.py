@@ -142,19 +142,22 @@ def test_a_checkpoint_takes_the_evaluation_and_what_the_next_step_depends_on_alo
     saved = []
     saver = SimpleNamespace(save=lambda *args: saved.append(args))
     stateful = {name: SimpleNamespace(state_dict=lambda name=name: {name: 1}) for name in ("source", "objective")}
+    stateful["source"].under_way = lambda: {"4": "tokens so far"}
     one = trainer(TrainConfig(), saver=saver, **stateful)
     one.save({"reward/mean": 0.5, "eval/heldout/pass@1": 0.25})
     state = {"step": 3, "stream": {"source": 1}, "objective": {"objective": 1}}
-    assert saved == [(3, None, state, {"eval/heldout/pass@1": 0.25})]
+    assert saved == [(3, None, state, {"eval/heldout/pass@1": 0.25}, {"4": "tokens so far"})]
 
 
 def test_a_data_position_that_is_not_there_starts_anew():
     loaded = []
-    parts = {name: SimpleNamespace(load_state_dict=loaded.append) for name in ("source", "objective")}
+    parts = {
+        name: SimpleNamespace(load_state_dict=lambda *args: loaded.append(args)) for name in ("source", "objective")
+    }
     one = trainer(TrainConfig(), **parts)
-    one.restore({"step": 7, "stream": None, "objective": "objective"})
-    one.restore({"step": 7, "stream": "stream", "objective": "objective"})
-    assert loaded == ["objective", "stream", "objective"]
+    one.restore({"step": 7, "stream": None, "objective": "objective"}, {"8": "tokens so far"})
+    one.restore({"step": 7, "stream": "stream", "objective": "objective"}, {"8": "tokens so far"})
+    assert loaded == [("objective",), ("stream", {"8": "tokens so far"}), ("objective",)]
     assert one.step == 7
 
 

@@ -38,15 +38,18 @@ class CheckpointSaver:
         )
         self._write: BackgroundWrite | None = None
 
-    def save(self, step: int, actor: Actor, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
+    def save(
+        self, step: int, actor: Actor, state: dict[str, Any], metrics: Mapping[str, float],
+        rollouts: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Save, or begin to, once the save before has ended. Raises RunError where either failed (see
         save_checkpoint for the arguments)."""
         self.wait()
         if self._group is None:
-            save_checkpoint(self._folder, step, actor, state, self._config, self._retention, metrics)
+            save_checkpoint(self._folder, step, actor, state, self._config, self._retention, metrics, rollouts)
             return
         with actor.optimizer_state():
-            snapshot = take_snapshot(step, actor, state, self._config, metrics, detached=True)
+            snapshot = take_snapshot(step, actor, state, self._config, metrics, rollouts or {}, detached=True)
         folder, retention, group = self._folder, self._retention, self._group
         self._write = BackgroundWrite(
             lambda: write_checkpoint(folder, snapshot, retention, group),

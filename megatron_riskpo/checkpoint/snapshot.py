@@ -27,6 +27,8 @@ class Snapshot:
     """Model and optimizer."""
     rng: bytes
     """The file of this rank's random number generators."""
+    rollouts: bytes
+    """The file of this rank's rollouts under way; empty: there are none."""
     document: str
     """The text of state.json."""
     manifest: Manifest
@@ -34,27 +36,33 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, actor: Actor, state: dict[str, Any], config: dict[str, Any], metrics: Mapping[str, float], *,
-    detached: bool,
+    step: int, actor: Actor, state: dict[str, Any], config: dict[str, Any], metrics: Mapping[str, float],
+    rollouts: Mapping[str, Any], *, detached: bool,
 ) -> Snapshot:  # fmt: skip
     """What `write_checkpoint` writes. Collective; call it inside `actor.optimizer_state()`.
 
-    state and config (resolved): JSON-able, the same on every rank. metrics: the evaluation's. detached: training may go
+    state and config (resolved): JSON-able, the same on every rank. metrics: the evaluation's. rollouts: of
+    this rank, under way, as a weights_only load reads them. detached: training may go
     on before it is written, for which the weights, and an optimizer's state that is not gathered anyway, are copied to
     host memory.
     """
     document = {"step": step, "num_optimizer_steps": actor.num_optimizer_steps, "trainer": state, "config": config}
-    # Not torch.save to the path: its C++ writer would hide which error of the system stopped it.
-    rng = io.BytesIO()
-    torch.save(rng_state(), rng)
     return Snapshot(
         collect_parts(actor, detached=detached),
-        rng.getvalue(),
+        _file_of(rng_state()),
+        _file_of(dict(rollouts)) if rollouts else b"",
         json.dumps(document),
         Manifest(
             step, layout_of(actor), content_of(actor), _versions(), {}, dict(metrics), config_hash=config_hash(config)
         ),
     )
+
+
+def _file_of(content: dict[str, Any]) -> bytes:
+    # Not torch.save to a path: its C++ writer would hide which error of the system stopped it.
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
 
 
 def layout_of(actor: Actor) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
     checkpoints/step_N/ megatron/      model and optimizer (torch_dist)
                         rng_R.pt       rank R's random number generators
+                        rollouts_R.pt  rank R's rollouts of later steps, where some are under way
                         state.json     steps, the trainer's state, the configuration
                         manifest.json  written last
     checkpoints/latest  names the newest
@@ -35,7 +36,7 @@ from megatron_riskpo.checkpoint.rng import set_rng_state
 from megatron_riskpo.checkpoint.sharded import load_sharded
 from megatron_riskpo.checkpoint.snapshot import content_of, layout_of, take_snapshot
 from megatron_riskpo.checkpoint.together import from_first
-from megatron_riskpo.checkpoint.writing import STATE, rng_file, write_checkpoint
+from megatron_riskpo.checkpoint.writing import STATE, rng_file, rollouts_file, write_checkpoint
 from megatron_riskpo.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,17 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: Path, step: int, actor: Actor, state: dict[str, Any], config: dict[str, Any], retention: Retention,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None, rollouts: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write folder/step_N, then delete what `retention` does not keep; returns the checkpoint's folder.
 
     state: what the trainer needs besides the actor, JSON-able, the same on every rank. config: the resolved
-    configuration. metrics: the evaluation's, by which the best checkpoint is kept. Raises RunError on every rank if
-    the write fails on one; earlier checkpoints are then as they were.
+    configuration. metrics: the evaluation's, by which the best checkpoint is kept. rollouts: of this rank, under way,
+    as a weights_only load reads them. Raises RunError on every rank if the write fails on one; earlier checkpoints are
+    then as they were.
     """
     with actor.optimizer_state():
-        snapshot = take_snapshot(step, actor, state, config, metrics or {}, detached=False)
+        snapshot = take_snapshot(step, actor, state, config, metrics or {}, rollouts or {}, detached=False)
         return write_checkpoint(folder, snapshot, retention, actor.grid.world)
 
 
@@ -115,6 +117,14 @@ def load_checkpoint(checkpoint: Checkpoint, actor: Actor) -> dict[str, Any]:
     document = checkpoint.document()
     actor.num_optimizer_steps = document["num_optimizer_steps"]
     return document["trainer"]
+
+
+def load_rollouts(checkpoint: Checkpoint, actor: Actor) -> dict[str, Any]:
+    """This rank's rollouts that were under way; none under another layout, whose ranks have other shares of them."""
+    file = checkpoint.path / rollouts_file(actor.grid.rank)
+    if checkpoint.manifest.layout != layout_of(actor) or not file.is_file():
+        return {}
+    return torch.load(file, weights_only=True)
 
 
 def _verify(path: Path, group: ProcessGroup) -> Manifest:

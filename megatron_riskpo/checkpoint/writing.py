@@ -50,6 +50,11 @@ def rng_file(rank: int) -> str:
     return f"rng_{rank}.pt"
 
 
+def rollouts_file(rank: int) -> str:
+    """The file of a rank's rollouts under way, where there are any."""
+    return f"rollouts_{rank}.pt"
+
+
 def _write_files(partial: Path, snapshot: Snapshot, group: ProcessGroup) -> dict[str, FileEntry]:
     """All files but the manifest; those of every rank that were summed while they were written."""
     is_first, sharded = group.rank() == 0, partial / SHARDED
@@ -60,17 +65,19 @@ def _write_files(partial: Path, snapshot: Snapshot, group: ProcessGroup) -> dict
             clear_leftovers(partial.parent)
             sharded.mkdir(parents=True)
 
-    def write_own() -> FileEntry:
-        own = partial / rng_file(group.rank())
-        own.write_bytes(snapshot.rng)
-        sync_to_disk(own)
+    def write_own() -> dict[str, FileEntry]:
+        own = {rng_file(group.rank()): snapshot.rng, rollouts_file(group.rank()): snapshot.rollouts}
+        own = {name: content for name, content in own.items() if content}
+        for name, content in own.items():
+            (partial / name).write_bytes(content)
+            sync_to_disk(partial / name)
         if is_first:
             write_text_durably(partial / STATE, snapshot.document)
             write_common(sharded, snapshot.parts)
-        return describe_file(own)
+        return {name: describe_file(partial / name) for name in own}
 
     run_together(group, prepare)
-    files = {rng_file(group.rank()): run_together(group, write_own)}
+    files = run_together(group, write_own)
     shards = run_together(group, lambda: write_shards(sharded, snapshot.parts, group))
     files |= {f"{SHARDED}/{name}": entry for name, entry in shards.items()}
     of_ranks: list[dict[str, FileEntry]] = [{}] * group.size()

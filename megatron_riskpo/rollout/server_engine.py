@@ -6,7 +6,7 @@ start of server processes, are the calling thread's.
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
 from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
+from megatron_riskpo.rollout.carried import go_on_from, packed
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of, tell_share
@@ -148,14 +149,27 @@ class ServerEngine:
         return self.collect(self.submit(prompts, sampling, seeds), on_finished)
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
-    ) -> PendingRollouts:
-        """Ask for responses to this rank's share of the prompts (all ranks call it with the same); does not wait."""
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
+        begun: Mapping[str, Any] | None = None,
+    ) -> PendingRollouts:  # fmt: skip
+        """Ask for responses to this rank's share of the prompts (all ranks call it with the same); does not wait.
+        `begun`: what `under_way` had of the same responses."""
         check_prompts(prompts, sampling.max_response_tokens, self._max_model_len, self._vocab_size)
         mine = slice_of(len(prompts), self._group.size(), self._group.rank())
         responses = responses_to(prompts[mine], sampling, seeds[mine], self._weight_version)
+        if begun is not None:
+            go_on_from(begun, responses)
         future = self._loop.submit(self._pool.complete_all(responses, sampling))
         return PendingRollouts([list(prompt) for prompt in prompts], sampling, responses, future)
+
+    def under_way(self, pending: PendingRollouts) -> dict[str, Any]:
+        """What has come so far of this rank's responses. What a server samples at this moment is not in it."""
+
+        async def copied() -> dict[str, Any]:
+            return packed(pending.responses)
+
+        # In the thread that lets them grow.
+        return self._loop.run(copied())
 
     def collect(self, pending: PendingRollouts, on_finished: OnFinished | None = None) -> Rollouts:
         """The rollouts, whole on every rank; `on_finished` is told of all together. Collective. Servers that fail

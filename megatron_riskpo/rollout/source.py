@@ -1,6 +1,6 @@
 """The rollouts of each step, and of the steps after it while the step trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -15,8 +15,15 @@ from megatron_riskpo.rollout.types import OnFinished, RolloutEngine, Rollouts, S
 class PrefetchingEngine(Protocol):
     """An engine that samples while the ranks do something else."""
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Any:
-        """Begin; returns at once."""
+    def submit(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
+        begun: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """Begin, or go on from what `under_way` had; returns at once."""
+        ...
+
+    def under_way(self, pending: Any) -> dict[str, Any]:
+        """What has come of this rank's part of a `submit`, as a weights_only load reads it."""
         ...
 
     def collect(self, pending: Any, on_finished: OnFinished | None = None) -> Rollouts:
@@ -31,14 +38,16 @@ class _Ahead:
     rows: list[int]
     pending: Any = None
     """What `submit` gave; None where nothing is under way (after a resume)."""
+    begun: Mapping[str, Any] | None = None
+    """What a checkpoint had of it."""
 
 
 class RolloutSource:
     """Draws questions and has them answered; the same calls on every rank.
 
     With max_staleness = k the first draws of the next k steps are sampled while a step trains, with weights that are
-    then at most k optimizer steps old. What is under way at a checkpoint is not saved, but which questions it is: after
-    a resume they are answered again, so that none is lost and none comes twice.
+    then at most k optimizer steps old. Of what is under way at a checkpoint, questions and tokens so far are saved:
+    after a resume the answers go on from there, no question is lost and none comes twice.
     """
 
     def __init__(
@@ -70,6 +79,8 @@ class RolloutSource:
         def tell(row: int, tokens: Sequence[int]) -> None:
             on_finished(row, rows[row // self.sampling.group_size], tokens)
 
+        if ahead is not None and ahead.begun is not None:
+            self._begin(step, ahead)
         if ahead is not None and ahead.pending is not None:
             rollouts = cast(PrefetchingEngine, self._engine).collect(ahead.pending, tell)
         else:
@@ -83,8 +94,11 @@ class RolloutSource:
             ahead = self._ahead.setdefault(later, _Ahead([]))
             ahead.rows = ahead.rows or self._stream.next_batch()
             if ahead.pending is None:
-                engine = cast(PrefetchingEngine, self._engine)
-                ahead.pending = engine.submit(*self._request(later, ahead.rows, 0))
+                self._begin(later, ahead)
+
+    def _begin(self, step: int, ahead: _Ahead) -> None:
+        engine = cast(PrefetchingEngine, self._engine)
+        ahead.pending, ahead.begun = engine.submit(*self._request(step, ahead.rows, 0), ahead.begun), None
 
     def _request(self, step: int, rows: list[int], draw: int) -> tuple[list[list[int]], SamplingConfig, list[int]]:
         seeds = sample_seeds(self._seed, step, len(rows), "train", draw)
@@ -103,10 +117,22 @@ class RolloutSource:
         """JSON-able: the stream's state, and the questions of the steps that were begun."""
         return {**self._stream.state_dict(), "ahead": {str(step): ahead.rows for step, ahead in self._ahead.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UsageError as PromptStream does."""
+    def under_way(self) -> dict[str, Any]:
+        """By step, what has come of this rank's part of the rollouts that were begun."""
+        engine = cast(PrefetchingEngine, self._engine)
+        return {
+            str(step): engine.under_way(ahead.pending)
+            for step, ahead in self._ahead.items()
+            if ahead.pending is not None
+        }
+
+    def load_state_dict(self, state: dict[str, Any], under_way: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; `under_way`: what this rank had then, or nothing. Raises UsageError as
+        PromptStream does."""
         self._stream.load_state_dict(state)
-        self._ahead = {int(step): _Ahead(rows) for step, rows in state.get("ahead", {}).items()}
+        self._ahead = {
+            int(step): _Ahead(rows, begun=under_way.get(step)) for step, rows in state.get("ahead", {}).items()
+        }
 
 
 def token_staleness(step: int, rollouts: Rollouts) -> torch.Tensor:

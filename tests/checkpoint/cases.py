@@ -27,6 +27,7 @@ from megatron_riskpo.checkpoint.saver import CheckpointSaver
 from megatron_riskpo.checkpoint.training_state import (
     agree_on_latest,
     load_checkpoint,
+    load_rollouts,
     save_checkpoint,
     verified_checkpoint,
 )
@@ -106,21 +107,29 @@ def round_trip(layout: str, folder: Path) -> dict[str, Any]:
     saved = train(actor, range(3))["weights"]
     checkpoints = folder.parent / "saved" / layout
     start = time.perf_counter()
-    path = save_checkpoint(checkpoints, 3, actor, STATE, {}, Retention(keep=2))
+    rollouts = {"4": {"tokens": torch.arange(3) + actor.grid.rank}}
+    path = save_checkpoint(checkpoints, 3, actor, STATE, {}, Retention(keep=2), rollouts=rollouts)
     save_s = time.perf_counter() - start
     expected = train(actor, range(3, 5))
     fresh = make_actor(layout, folder.parent / "other_model", seed=2)
     start = time.perf_counter()
-    state = load_checkpoint(verified_checkpoint(path, fresh.grid.world), fresh)
+    checkpoint = verified_checkpoint(path, fresh.grid.world)
+    state = load_checkpoint(checkpoint, fresh)
     load_s = time.perf_counter() - start
     found = train(fresh, range(3, 5))
-    return {"saved": saved, "expected": expected, "found": found, "state": state, "seconds": (save_s, load_s)}
+    under_way = load_rollouts(checkpoint, fresh)["4"]["tokens"].tolist()
+    return {
+        "saved": saved, "expected": expected, "found": found, "state": state, "seconds": (save_s, load_s),
+        "under way": under_way,
+    }  # fmt: skip
 
 
 def across(saved: str, loaded: str, folder: Path) -> dict[str, Any]:
     """Load what another layout saved: the weights, and what the next two steps give."""
     actor = make_actor(loaded, folder.parent / "other_model", seed=2)
-    load_checkpoint(verified_checkpoint(folder.parent / "saved" / saved / "step_3", actor.grid.world), actor)
+    checkpoint = verified_checkpoint(folder.parent / "saved" / saved / "step_3", actor.grid.world)
+    load_checkpoint(checkpoint, actor)
+    assert load_rollouts(checkpoint, actor) == {}, "of other ranks' shares"
     weights = {name: tensor.clone() for name, tensor in actor.export_weights()}
     return {"weights": weights, "num_optimizer_steps": actor.num_optimizer_steps, "next": train(actor, range(3, 5))}
 

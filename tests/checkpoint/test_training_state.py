@@ -79,9 +79,10 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 plain optimizer", "pp2 deep", "pp2 vp2 deep", "ep2 moe"])
 def test_resume_is_bit_exact_on_two_ranks(two, layout):
-    for rank in two:
+    for number, rank in enumerate(two):
         assert_bit_equal(rank[layout]["found"], rank[layout]["expected"])
         assert rank[layout]["state"] == STATE
+        assert rank[layout]["under way"] == [number, number + 1, number + 2]
 
 
 @pytest.mark.parametrize("layout", ["one", "one bfloat16", "one bfloat16, offloaded"])

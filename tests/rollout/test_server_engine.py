@@ -126,6 +126,31 @@ def test_responses_under_way_go_on_with_the_new_weights(engine, models):
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
 
 
+def test_responses_go_on_from_what_a_checkpoint_has_of_them(engine, models):
+    engine.update_weights(exporter(models["a"])(), 0)
+    sampling = SamplingConfig(group_size=2, max_response_tokens=12, temperature=1.0, stop_token_ids=())
+    pending = engine.submit(PROMPTS, sampling, SEEDS)
+    whole = engine.collect(pending)
+    for response in pending.responses:
+        response.tokens, response.logprobs, response.versions = (
+            column[:7] for column in (response.tokens, response.logprobs, response.versions)
+        )
+        response.reason = ""
+    engine.update_weights(exporter(models["b"])(), 1)
+    rollouts = engine.collect(engine.submit(PROMPTS, sampling, SEEDS, engine.under_way(pending)))
+    assert rollouts.response_lengths.tolist() == [12] * 2 * len(PROMPTS)
+    scores = [load_hf(models[name]) for name in "ab"]
+    for sequence, before, prompt, own, of in zip(
+        rollouts.sequences(), whole.sequences(), rollouts.prompt_lengths,
+        rollouts.split_by_response(rollouts.rollout_logprobs), rollouts.split_by_response(rollouts.weight_versions),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(sequence[: prompt + 7], before[: prompt + 7])
+        assert of.tolist() == [0] * 7 + [1] * 5
+        by_version = [hf_token_logprobs(model, sequence.tolist())[prompt - 1 :] for model in scores]
+        torch.testing.assert_close(own, torch.where(of == 0, *by_version), atol=1e-5, rtol=0)
+
+
 def test_weights_that_were_not_pushed_are_refused_and_pushed_again(engine, models, url, lines):
     engine.update_weights(exporter(models["a"])(), 0)
     expected = engine.generate(PROMPTS, SAMPLING, SEEDS)

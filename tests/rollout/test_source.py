@@ -1,6 +1,6 @@
 """Which questions each step gets, and how old the weights may be; the engine is one that only notes its calls."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,12 +22,24 @@ class NotingEngine:
         self.version = 0
         self.seeds: list[list[int]] = []
         self.num_under_way = 0
+        self.num_gone_on = 0
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Any:
+    def submit(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
+        begun: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
         assert sampling == SAMPLING
         self.seeds.append(list(seeds))
         self.num_under_way += 1
-        return [prompt[0] for prompt in prompts], self.version
+        tokens = [prompt[0] for prompt in prompts]
+        if begun is None:
+            return tokens, self.version
+        assert begun["tokens"] == tokens
+        self.num_gone_on += 1
+        return tokens, begun["version"]
+
+    def under_way(self, pending: Any) -> dict[str, Any]:
+        return dict(zip(("tokens", "version"), pending, strict=True))
 
     def collect(self, pending: Any, on_finished: OnFinished) -> Rollouts:
         tokens, version = pending
@@ -69,13 +81,14 @@ def steps(engine: NotingEngine, one: RolloutSource, first: int, last: int, refil
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 @pytest.mark.parametrize("stop_at", [1, 4, 8])
 @pytest.mark.parametrize("refills", [{}, {2: 1, 4: 2, 5: 1}])
-def test_a_resume_loses_no_question_and_repeats_none(max_staleness, stop_at, refills):
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_resume_loses_no_question_and_repeats_none(max_staleness, stop_at, refills, carried):
     whole_engine, engine, resumed_engine = NotingEngine(), NotingEngine(), NotingEngine()
     whole = steps(whole_engine, source(whole_engine, max_staleness), 1, NUM_STEPS, refills)
     one = source(engine, max_staleness)
     before = steps(engine, one, 1, stop_at, refills)
     resumed = source(resumed_engine, max_staleness)
-    resumed.load_state_dict(one.state_dict())
+    resumed.load_state_dict(one.state_dict(), one.under_way() if carried else {})
     after = steps(resumed_engine, resumed, stop_at + 1, NUM_STEPS, refills)
     # The first draws are the stream's, whenever they were begun.
     assert sorted(row for rows in (before | after).values() for draw in rows for row in draw) == sorted(
@@ -85,6 +98,7 @@ def test_a_resume_loses_no_question_and_repeats_none(max_staleness, stop_at, ref
         assert before | after == whole
     assert engine.num_under_way == min(max_staleness, NUM_STEPS - stop_at)
     assert resumed_engine.num_under_way == 0
+    assert resumed_engine.num_gone_on == (engine.num_under_way if carried else 0)
 
 
 def test_without_staleness_nothing_is_begun_early():
