@@ -24,7 +24,7 @@ PHASES = ("load", "rollout", "logprobs", "update", "sync")
 
 @dataclass(frozen=True)
 class EngineBytes:
-    """Of the rollout engine on one rank. vLLM keeps its share of the GPU through all phases."""
+    """Of the rollout engine on one rank."""
 
     weights: int
     """0 where it samples from the actor's own."""
@@ -109,12 +109,14 @@ def phases(
     built = {**lasting, "optimizer": 0 if offloaded else state.main_weights}
     # Megatron copies the weights into its buffers while those that were loaded are still there.
     mapped = {**lasting, "optimizer": 0, "engine": 0, "copy of weights": state.parameters if copying else 0}
-    passing = {**lasting, "activations": _with_gaps(activations.update)}
-    stepping = {**lasting, "optimizer": state.optimizer}
+    # vLLM gives weights and cache back when it sleeps, which is until the next sync.
+    training = {**lasting, "engine": engine.workspace} if config.rollout.sleep else lasting
+    passing = {**training, "activations": _with_gaps(activations.update)}
+    stepping = {**training, "optimizer": state.optimizer}
     return {
         "load": _greater(built, mapped),
         "rollout": lasting,
-        "logprobs": {**lasting, "activations": _with_gaps(activations.logprobs)},
+        "logprobs": {**training, "activations": _with_gaps(activations.logprobs)},
         "update": _greater(passing, stepping),
         "sync": {**lasting, **_sync(config, hf_config)},
     }

@@ -15,7 +15,7 @@ from megatron_riskpo.config_io import load_config
 from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.planning.activations import ActivationBytes
 from megatron_riskpo.planning.gpus import GIB, GPUS
-from megatron_riskpo.planning.memory import RankMemory, complaints, engine_bytes, phases
+from megatron_riskpo.planning.memory import PHASES, RankMemory, complaints, engine_bytes, phases
 from megatron_riskpo.planning.model_size import count_parameters
 from megatron_riskpo.planning.pipeline import bubble_share, layers_of_chunk, most_in_flight
 from megatron_riskpo.planning.plan import Plan, make_plan
@@ -103,6 +103,20 @@ def test_a_sync_counts_what_the_bridge_moves_and_holds(toml) -> None:
     assert extra == {"buckets": 8 * 2**20 + 2 * table}
     assert on_servers > 2 * shard / 0.5e9
     assert sync_of(config_of(toml, "--rollout.engine", "megatron"), 1) == (0, {})
+
+
+def test_a_sleeping_engine_leaves_its_weights_and_cache_to_training(toml) -> None:
+    vllm = ("--rollout.engine", "vllm", "--rollout.gpu_memory_utilization", "0.5")
+    awake, asleep = (plan_of(toml, 1, *vllm, "--rollout.sleep", sleep).memory[0] for sleep in ("false", "true"))
+    given_back = {phase: sum(awake.phases[phase].values()) - sum(asleep.phases[phase].values()) for phase in PHASES}
+    share = int(0.5 * H100.memory)
+    assert given_back == {
+        "load": 0,
+        "rollout": 0,
+        "logprobs": share - 2 * 2**30,
+        "update": share - 2 * 2**30,
+        "sync": 0,
+    }
 
 
 def test_what_does_not_fit_is_said_with_numbers_and_a_remedy(toml) -> None:
