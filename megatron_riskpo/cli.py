@@ -267,7 +267,9 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = main(argv)
     except SystemExit as stop:
-        # --help, --version and signals during a conversion.
+        # --help, --version and signals during a conversion; text is a library's.
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     leave(code)
 

@@ -82,11 +82,15 @@ def _restore(trainer: "Trainer", checkpoint: "Checkpoint", changes: dict[str, st
     from megatron_riskpo.checkpoint.training_state import load_checkpoint, load_rollouts
 
     state, anew = without_outdated(load_checkpoint(checkpoint, trainer.actor), changes)
-    # Under other options the same question may have another answer.
-    trainer.restore(state, {} if changes else load_rollouts(checkpoint, trainer.actor))
+    # Under other options the same question may have other answers.
+    asked_anew = any(key.startswith(("rollout.", "data.", "model.", "run.")) for key in changes)
+    under_way = {} if asked_anew else load_rollouts(checkpoint, trainer.actor)
+    trainer.restore(state, under_way)
     trainer.observer.log(f"resumed from {checkpoint.path} at step {trainer.step}")
     for key, change in changes.items():
         trainer.observer.log(f"changed since then: {key} {change}")
+    if state["stream"] is not None and state["stream"].get("ahead") and not under_way:
+        trainer.observer.log("responses under way are asked for again: the layout, or what is asked, has changed")
     if anew:
         trainer.observer.log(f"because of these changes start anew: {', '.join(anew)}")
 

@@ -274,7 +274,10 @@ class Trainer:
     def save(self, metrics: dict[str, float]) -> None:
         """A checkpoint of everything that the next step depends on, with what an evaluation of the step has shown.
 
-        The rollout engine is not among it: what it samples depends on weights, prompts and seeds only."""
+        The rollout engine has no state in it, since what it samples depends on weights, prompts and seeds only; of
+        responses under way there is what has come."""
+        # Here already: meanwhile more of them come.
+        self.saver.wait()
         state = {"step": self.step, "stream": self.source.state_dict(), "objective": self.objective.state_dict()}
         shown = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         self.saver.save(self.step, self.actor, state, shown, self.source.under_way())

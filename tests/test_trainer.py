@@ -140,7 +140,7 @@ def test_speed_of_an_update_counts_prompts_and_responses_over_all_ranks():
 
 def test_a_checkpoint_takes_the_evaluation_and_what_the_next_step_depends_on_along():
     saved = []
-    saver = SimpleNamespace(save=lambda *args: saved.append(args))
+    saver = SimpleNamespace(save=lambda *args: saved.append(args), wait=lambda: None)
     stateful = {name: SimpleNamespace(state_dict=lambda name=name: {name: 1}) for name in ("source", "objective")}
     stateful["source"].under_way = lambda: {"4": "tokens so far"}
     one = trainer(TrainConfig(), saver=saver, **stateful)

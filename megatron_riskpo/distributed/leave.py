@@ -18,7 +18,10 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
-            # A closed pipe (`riskpo report | head`): nobody reads what is left.
+        except (BrokenPipeError, ValueError):
+            # `riskpo report | head`: nobody reads what is left.
+            code = code or 1
+        except OSError as error:
+            os.write(2, f"error: the output could not be written: {error.strerror}\n".encode())
             code = code or 1
     os._exit(code)

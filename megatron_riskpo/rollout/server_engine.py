@@ -157,8 +157,8 @@ class ServerEngine:
         check_prompts(prompts, sampling.max_response_tokens, self._max_model_len, self._vocab_size)
         mine = slice_of(len(prompts), self._group.size(), self._group.rank())
         responses = responses_to(prompts[mine], sampling, seeds[mine], self._weight_version)
-        if begun is not None:
-            go_on_from(begun, responses)
+        if begun is not None and (anew := len(responses) - go_on_from(begun, responses)):
+            self._log(f"{anew} of {len(responses)} responses under way begin anew: they were asked otherwise")
         future = self._loop.submit(self._pool.complete_all(responses, sampling))
         return PendingRollouts([list(prompt) for prompt in prompts], sampling, responses, future)
 

@@ -120,11 +120,11 @@ class RolloutSource:
     def under_way(self) -> dict[str, Any]:
         """By step, what has come of this rank's part of the rollouts that were begun."""
         engine = cast(PrefetchingEngine, self._engine)
-        return {
-            str(step): engine.under_way(ahead.pending)
+        found = {
+            str(step): ahead.begun if ahead.pending is None else engine.under_way(ahead.pending)
             for step, ahead in self._ahead.items()
-            if ahead.pending is not None
         }
+        return {step: begun for step, begun in found.items() if begun is not None}
 
     def load_state_dict(self, state: dict[str, Any], under_way: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; `under_way`: what this rank had then, or nothing. Raises UsageError as

@@ -30,12 +30,13 @@ def run_on_ranks(target: str, num_ranks: int, folder: Path, timeout_s: float = 3
             process = _FORKS.Process(target=_main, args=(target, folder, rank, num_ranks))
             process.start()
             processes.append(process)
-        _wait(processes, time.monotonic() + timeout_s)
+        codes = _wait(processes, time.monotonic() + timeout_s)
     finally:
         for process in processes:
             process.kill()
             process.join()
-    failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
+    # Those that wait for one that failed have no code yet.
+    failed = [rank for rank, code in enumerate(codes) if code] or [r for r, code in enumerate(codes) if code is None]
     if failed:
         first = _log(folder, failed[0]).read_text()
         raise AssertionError(f"{target}: ranks {failed} of {num_ranks} failed; rank {failed[0]}:\n{first[-4000:]}")
@@ -56,17 +57,20 @@ def release_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def _wait(processes: list[BaseProcess], deadline: float) -> None:
-    while time.monotonic() < deadline:
+def _wait(processes: list[BaseProcess], deadline: float) -> list[int | None]:
+    """Until all have ended, one has failed, or the time is up; their exit codes."""
+    while True:
         codes = [process.exitcode for process in processes]
-        if None not in codes or any(codes):
-            return
+        if None not in codes or any(codes) or time.monotonic() > deadline:
+            return codes
         time.sleep(0.05)
 
 
 def _main(target: str, folder: Path, rank: int, num_ranks: int) -> None:
     import torch.distributed as dist
 
+    # Where the fork server did not find it, its errors being silent.
+    importlib.import_module("tests.distributed.preloaded")
     log = os.open(_log(folder, rank), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(log, stream)

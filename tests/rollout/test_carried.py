@@ -24,7 +24,7 @@ def through_a_file(responses):
 
 def test_what_has_come_is_kept_to_the_last_bit():
     new = [Response(response.prompt, response.seed, 4) for response in RESPONSES]
-    go_on_from(through_a_file(RESPONSES), new)
+    assert go_on_from(through_a_file(RESPONSES), new) == 3
     for one, other in zip(new, RESPONSES, strict=True):
         assert (one.tokens, one.logprobs, one.versions) == (other.tokens, other.logprobs, other.versions)
         assert (one.prompt, one.seed, one.reason) == (other.prompt, other.seed, other.reason)
@@ -32,9 +32,12 @@ def test_what_has_come_is_kept_to_the_last_bit():
 
 
 def test_no_response_at_all():
-    go_on_from(through_a_file([]), [])
+    assert go_on_from(through_a_file([]), []) == 0
 
 
-def test_another_number_of_responses_is_refused():
-    with pytest.raises(ValueError, match="zip"):
-        go_on_from(packed(RESPONSES), RESPONSES[:2])
+@pytest.mark.parametrize(("prompt", "seed"), [([1, 3], 8), ([1, 2], 9), ([1], 8)])
+def test_what_was_asked_otherwise_begins_anew(prompt, seed):
+    """Whatever its place: by position the tokens would stand behind another question."""
+    new = [Response([9], 9, 4), Response(prompt, seed, 4)]
+    assert go_on_from(through_a_file(RESPONSES), new) == 1
+    assert (new[0].tokens, new[1].tokens, new[1].reason, new[1].oldest_version) == ([6], [], "", 4)
