@@ -107,6 +107,12 @@ def _runs(args: argparse.Namespace) -> list[_Run]:
             runs.append(_planned(args, named))
         except (UsageError, RunError) as error:
             raise type(error)(f"{args.sweep}, line {number} of options: {error}") from error
+    other = next((number for number, run in enumerate(runs, start=1) if run.shape != runs[0].shape), None)
+    if other:
+        raise UsageError(
+            f"{args.sweep}: the run of line {other} needs other ranks a node than that of line 1, and all jobs of an "
+            "array are of one size; put it into another file"
+        )
     names = [run.config.run.name for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -78,8 +78,20 @@ await() {
     wait "$1"
 }
 
-# What each task runs: the command, and a line on it if it fails.
-RANK='trap : USR1 TERM; "$@"; code=$?
+# What each task runs: the command, and a line on it if it fails. Where Slurm tracks processes by cgroups, it sends signals
+# to the task alone, this shell, which passes them on; elsewhere the command gets them twice, which does no harm.
+RANK='pid= early=
+pass_on() {
+    if [ -n "$pid" ]; then kill -"$1" "$pid" 2>/dev/null; else early=$1; fi
+}
+trap "pass_on USR1" USR1
+trap "pass_on TERM" TERM
+"$@" &
+pid=$!
+[ -z "$early" ] || kill -"$early" "$pid"
+while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+wait "$pid"
+code=$?
 [ "$code" = 0 ] || echo "rank $SLURM_PROCID on $SLURMD_NODENAME: exit code $code" >>"$RISKPO_FAILED_FILE"; exit "$code"'
 
 # run_ranks PHASE [SRUN_OPTION ...] -- COMMAND ...: a rank a task, a log a rank; the first that fails ends the others.
@@ -142,7 +154,7 @@ end_after_failure() {
 
 # finish CODE: end the job, or put it into the queue once more.
 finish() {
-    local code=$1
+    local code=$1 first
     trap '' USR1
     stop_servers
     if [ -e "$RISKPO_DONE_FILE" ]; then
@@ -157,8 +169,11 @@ finish() {
         phase cancelled
         exit 143
     fi
-    echo "exit code $code"
     touch "$RISKPO_FAILED_FILE"
+    # Of the rank that failed first: its peers may have been killed.
+    first=$(sed -n '1s/.*exit code //p' "$RISKPO_FAILED_FILE")
+    code=${first:-$code}
+    echo "exit code $code"
     # 2: wrong input, which does not get better.
     if ((code != 0 && code != 2 && $(num_failures) <= RETRIES)); then
         requeue
@@ -173,13 +188,18 @@ num_failures() {
 }
 
 stop_servers() {
-    local server
-    if ((${#SERVERS[@]} > 0)) && ! end_steps; then
-        kill -TERM "${SERVERS[@]}" 2>/dev/null
+    local server killer
+    if ((${#SERVERS[@]} == 0)); then
+        return
     fi
+    end_steps || kill -TERM "${SERVERS[@]}" 2>/dev/null
+    # One that hangs must not keep the job from its requeue.
+    (sleep 30 && kill -KILL "${SERVERS[@]}" 2>/dev/null) &
+    killer=$!
     for server in "${SERVERS[@]}"; do
         await "$server"
     done
+    kill "$killer" 2>/dev/null
 }
 
 # Where no warning was asked for, a job that has to make way gets TERM; it is requeued by Slurm itself, if it is still there

@@ -1,5 +1,6 @@
 """`riskpo doctor --job` on one rank: what all ranks of a job find about their nodes and about what joins them."""
 
+import contextlib
 import os
 import platform
 import socket
@@ -82,16 +83,17 @@ def _examine_nodes(meeting: Meeting, nodes: dict[str, list[int]], options: JobOp
     ranks = meeting.collect("versions and GPUs", own)
     token = options.run_dir / f".riskpo_doctor_{hosts[0]}_{ranks[0]['pid']}"
     try:
-        if env.rank == 0:
-            token.parent.mkdir(parents=True, exist_ok=True)
-            token.touch()
-        meeting.collect("run folder", None)
+        refused = meeting.collect("run folder", _touch(token) if env.rank == 0 else "")[0]
+        if refused:
+            remedy = "choose another run.dir, or see its permissions and its disk"
+            return [Line("run folder", "fail", f"{hosts[0]} cannot write to {options.run_dir}: {refused}", remedy)]
         leads = nodes[host][0] == env.rank
         seen = _examine_node(options.run_dir, len(nodes[host]) if gpu else 0, token) if leads else None
         found = meeting.collect("examination of the nodes", seen)
     finally:
         if env.rank == 0:
-            token.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                token.unlink()
     leaders = {host: of_node[0] for host, of_node in nodes.items()}
     clocks = meeting.collect("clocks", clock_offsets(meeting.store, env.rank, leaders, options.timeout_s))[0]
     of_nodes = {host: found[leader] for host, leader in leaders.items()}
@@ -104,6 +106,16 @@ def _examine_nodes(meeting: Meeting, nodes: dict[str, list[int]], options: JobOp
         shared_folder_line({host: node["sees"] for host, node in of_nodes.items()}, str(options.run_dir)),
         *_disk_lines(disks, options),
     ]
+
+
+def _touch(file: Path) -> str:
+    """Why it cannot be made; empty: it was."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _examine_node(run_dir: Path, num_gpus: int, token: Path) -> dict[str, Any]:
@@ -151,6 +163,8 @@ def _examine_links(meeting: Meeting, nodes: dict[str, list[int]], options: JobOp
     try:
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        # NCCL wants all ranks of a group in its first call; the pairs below are of some of them.
+        dist.all_reduce(torch.zeros(1, device=device))
         groups = bandwidth.make_groups(hosts, env.rank)
         inside = bandwidth.all_reduce_rate(groups.node, device)
         between = bandwidth.all_reduce_rate(groups.across, device)

@@ -150,8 +150,11 @@ def _child(job: dict[str, Any], case: dict[str, Any], stdin: int, writer: int) -
 
 
 def _limit(job: dict[str, Any]) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE, signal.SIGXFSZ):
+    for signum in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(signum, signal.SIG_DFL)
+    # A scheduler may send these to every process of the job whose run is to stop: a program would count as wrong.
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
     for name, value in job["limits"].items():
         kind = getattr(resource, name)
         most = resource.getrlimit(kind)[1]
