@@ -27,6 +27,8 @@ def run_compare(args: argparse.Namespace, arguments: list[str]) -> int:
 
     if not args.out.resolve().parent.is_dir():
         raise UsageError(f"--out {args.out}: {args.out.resolve().parent} is no folder; make it first")
+    if args.out.is_dir():
+        raise UsageError(f"--out {args.out} is a folder; name a file in it")
     found, left_out = pairs(read_results(_evaluation_of(args.a)), read_results(_evaluation_of(args.b)))
     comparisons = [compare(a, b) for a, b in found]
     print(f"A: {args.a}\nB: {args.b}")

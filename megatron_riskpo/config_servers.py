@@ -28,7 +28,7 @@ def server_urls(setup: Setup) -> str | None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
             return f"rollout.server_urls: {url!r} is no address of a server; write http://HOST:PORT"
-    if len(set(urls)) < len(urls):
+    if len({url.rstrip("/") for url in urls}) < len(urls):
         return f"rollout.server_urls names a server twice: {sorted(urls)}"
     return None
 

@@ -40,6 +40,7 @@ def run_data(args: argparse.Namespace, arguments: list[str]) -> int:
     """Write the file, print the counts; the exit code."""
     if (args.tokenizer is None) != (args.max_prompt_tokens is None):
         raise UsageError("--tokenizer and --max-prompt-tokens go together; give both or none")
+    _check_target(args)
     from megatron_riskpo.data.prepare.checks import Tally
     from megatron_riskpo.data.prepare.prepare import Limits, checked, published_entries, write_questions
 
@@ -55,6 +56,14 @@ def run_data(args: argparse.Namespace, arguments: list[str]) -> int:
     for line in tally.lines():
         print(line)
     return 0
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    if args.out.is_dir():
+        raise UsageError(f"--out {args.out} is a folder; name a file in it")
+    read = [file for file in (*(args.files or ()), *args.exclude) if file.resolve() == args.out.resolve()]
+    if read:
+        raise UsageError(f"--out {args.out} would overwrite {read[0]}, which is read; choose another file")
 
 
 def _task_entries(args: argparse.Namespace) -> list[dict[str, Any]]:

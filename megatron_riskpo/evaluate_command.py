@@ -22,8 +22,8 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE", help="JSONL question files, one engine for all"
     )
-    command.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers a question (1)")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="seeds of the samples: S .. S + N - 1 (0)")
+    command.add_argument("--num-samples", type=int, metavar="N", help="answers a question (1)")
+    command.add_argument("--seed", type=int, metavar="S", help="seeds of the samples: S .. S + N - 1 (0)")
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the results (evaluations/NAME, or RUN/evaluation)"
     )
@@ -57,7 +57,7 @@ def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:
         return _summarize(args)
     if args.model is None or not args.data:
         raise UsageError("an evaluation needs --model DIR and --data FILE (or --from DIR for outputs that are there)")
-    _check_numbers(args)
+    num_samples, seed = _checked_numbers(args)
     missing = [str(file) for file in args.data if not file.is_file()]
     if missing:
         raise UsageError(f"no question file {missing[0]}; riskpo data prepare makes one")
@@ -67,17 +67,18 @@ def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:
 
     from megatron_riskpo.evaluation.options import load_options
 
-    config = load_options(args.model, args.num_samples, args.overrides, args.servers)
+    config = load_options(args.model, num_samples, args.overrides, args.servers)
     if env is None:
         return launch([sys.executable, "-m", "megatron_riskpo.cli", *arguments], config.run.ranks or config.rollout.tp)
 
     from megatron_riskpo.evaluation.run import run_evaluation
 
-    return run_evaluation(config, args.data, args.out or _default_out(args.model), args.seed, env, stop)
+    return run_evaluation(config, args.data, args.out or _default_out(args.model), seed, env, stop)
 
 
 def _summarize(args: argparse.Namespace) -> int:
-    if args.model or args.data or args.servers or args.overrides:
+    numbers = (args.num_samples, args.seed)
+    if args.model or args.data or args.servers or args.overrides or numbers != (None, None):
         raise UsageError("--from sums up outputs that are there; of the other options only --out goes with it")
 
     from megatron_riskpo.evaluation.run import conclude
@@ -86,11 +87,15 @@ def _summarize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    if args.num_samples < 1:
-        raise UsageError(f"--num-samples {args.num_samples} is out of range; it must be >= 1")
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed} is out of range; it must be >= 0")
+def _checked_numbers(args: argparse.Namespace) -> tuple[int, int]:
+    """Samples a question and the first seed, 1 and 0 where they were not given."""
+    num_samples = 1 if args.num_samples is None else args.num_samples
+    seed = 0 if args.seed is None else args.seed
+    if num_samples < 1:
+        raise UsageError(f"--num-samples {num_samples} is out of range; it must be >= 1")
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is out of range; it must be >= 0")
+    return num_samples, seed
 
 
 def _default_out(model: Path) -> Path:

@@ -48,8 +48,8 @@ usage() {
 on_warning() {
     WARNED=yes
     if [ -n "$STEP" ]; then
-        phase saving
         kill -USR1 "$STEP" 2>/dev/null
+        phase saving
     fi
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ def test_words_are_split_and_kept_together(tmp_path: Path) -> None:
     file = tmp_path / "sweep.txt"
     file.write_text("# rates\n\n--optimizer.lr 1e-6\n  --run.name 'a b' --data.train \"$HOME/`x`\"\n")
     assert read_sweep(file) == [["--optimizer.lr", "1e-6"], ["--run.name", "a b", "--data.train", "$HOME/`x`"]]
+
+
+def test_what_python_and_xargs_read_in_two_ways_is_refused(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text('--data.prompt_template "{problem} \\\\boxed"\n')
+    with pytest.raises(UsageError, match="a backslash within double quotes is read in more than one way; take single"):
+        read_sweep(file)
+    file.write_text("--data.prompt_template '{problem} \\\\boxed'\n")
+    expected = ["--data.prompt_template", r"{problem} \\boxed"]
+    assert read_sweep(file) == [expected]
+    by_xargs = subprocess.run(["xargs", "printf", "%s\n"], input=file.read_text(), capture_output=True, text=True)
+    assert by_xargs.stdout.splitlines() == expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ TYPESETTING = re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[ ,;:!]|[\s$
 
 def normalised(text: str) -> str:
     """The text without case, white space, $ and LaTeX's spacing, compatible Unicode characters made one."""
-    return TYPESETTING.sub("", unicodedata.normalize("NFKC", text).casefold()).rstrip(".?!:=")
+    return TYPESETTING.sub("", unicodedata.normalize("NFKC", text).casefold()).rstrip(".?:")
 
 
 def without_overlap(

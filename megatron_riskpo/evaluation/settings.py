@@ -11,6 +11,7 @@ from megatron_riskpo.config_io import resolved
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.benchmarks import Benchmark
 from megatron_riskpo.evaluation.options import IDLE_OPTIONS, EvaluateConfig
+from megatron_riskpo.evaluation.outputs import RESULTS_FOLDER
 
 SETTINGS_FILE = "evaluation.json"
 FREE_OPTIONS = (
@@ -47,7 +48,7 @@ def settings(config: EvaluateConfig, benchmarks: Mapping[str, Benchmark]) -> dic
 def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Raise UsageError if another evaluation has begun in `folder`. More samples and further question files go on."""
     path = folder / SETTINGS_FILE
-    if not path.is_file():
+    if not path.is_file() or not _has_answers(folder):
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -70,10 +71,15 @@ def write_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Before the first answer; what earlier calls asked besides stays named."""
     path = folder / SETTINGS_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() else {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() and _has_answers(folder) else {}
     draft = path.with_suffix(".json.tmp")
     draft.write_text(json.dumps({**wanted, "data": earlier | wanted["data"]}, indent=2) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+def _has_answers(folder: Path) -> bool:
+    """Without any, an earlier call was refused: the next one may be of another kind."""
+    return any(file.stat().st_size for file in folder.glob(f"{RESULTS_FOLDER}/*/output*.jsonl*"))
 
 
 def fingerprint(path: Path) -> str:

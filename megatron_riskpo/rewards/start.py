@@ -45,7 +45,11 @@ def started_pool(
     chosen = (
         [questions[i] for i in spread(len(questions), config.rewards.gold_checks)] if config.rewards.gold_checks else []
     )
-    prompts = [messages[-1]["content"] for messages in prompt_messages([question for question, _ in chosen], data)]
+    # The system's message, too, may ask for a form.
+    prompts = [
+        "\n".join(message["content"] for message in messages)
+        for messages in prompt_messages([question for question, _ in chosen], data)
+    ]
     answers = [gold_answer(prompt, q.source, ref, form) for prompt, (q, ref) in zip(prompts, chosen, strict=True)]
     check_gold(pool, answers, form, world)
     return pool

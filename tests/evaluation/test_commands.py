@@ -168,8 +168,23 @@ def asked(folder: Path) -> tuple[EvaluateConfig, dict[str, Benchmark]]:
     return load_options(folder / "model", 2, []), {"q": Benchmark("q", [], [], [], "digest")}
 
 
+def answer_something(out: Path) -> None:
+    (out / "eval-results" / "q").mkdir(parents=True, exist_ok=True)
+    (out / "eval-results" / "q" / "output-rs0.jsonl").write_text("{}\n")
+
+
+def test_a_call_that_was_refused_before_an_answer_binds_the_next_to_nothing(asked, folder: Path):
+    config, benchmarks = asked
+    other = replace(config, rewards=replace(config.rewards, answer_form="boxed"))
+    write_settings(folder / "empty", settings(config, benchmarks | {"r": Benchmark("r", [], [], [], "other")}))
+    check_settings(folder / "empty", settings(other, benchmarks))
+    write_settings(folder / "empty", settings(other, benchmarks))
+    assert json.loads((folder / "empty" / "evaluation.json").read_text())["data"] == {"q": "digest"}
+
+
 def test_the_same_evaluation_goes_on_with_more_samples_files_and_ranks(asked, folder: Path):
     config, benchmarks = asked
+    answer_something(folder / "out")
     write_settings(folder / "out", settings(config, benchmarks))
     more = replace(
         config, evaluation=replace(config.evaluation, num_samples=9), run=replace(config.run, ranks=4),
@@ -183,6 +198,7 @@ def test_the_same_evaluation_goes_on_with_more_samples_files_and_ranks(asked, fo
 
 def test_another_evaluation_is_refused_by_name(asked, folder: Path):
     config, benchmarks = asked
+    answer_something(folder / "out")
     write_settings(folder / "out", settings(config, benchmarks))
     other = replace(config, rewards=replace(config.rewards, answer_form="boxed"))
     with pytest.raises(UsageError, match=r"rewards.answer_form was 'any', is 'boxed'; restore that"):

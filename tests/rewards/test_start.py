@@ -40,6 +40,14 @@ def test_a_prompt_that_asks_for_what_the_grader_does_not_read_stops_the_run(worl
     start(SUMS, TrainConfig(data=data, rewards=RewardConfig(answer_form="hash")), world)
 
 
+def test_a_system_message_may_be_what_asks_for_the_form(world, tmp_path):
+    (tmp_path / "boxed.yaml").write_text('system: "Put the answer within \\\\boxed{{}}."\nuser: "{problem}"\n')
+    data = DataConfig(prompt_config=str(tmp_path / "boxed.yaml"))
+    with pytest.raises(UsageError, match=r"20 of 20 expected .*boxed.* gets 0 from math"):
+        start(SUMS, TrainConfig(data=data, rewards=RewardConfig(answer_form="hash", gold_checks=20)), world)
+    start(SUMS, TrainConfig(data=data, rewards=RewardConfig(answer_form="boxed")), world)
+
+
 def test_only_questions_with_programs_need_a_sandbox(world, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/nowhere")  # the workers look for bwrap there
     start(SUMS, TrainConfig(), world)

@@ -115,8 +115,13 @@ def _interrupt(jobs: dict[str, Job]) -> None:
     (rank,) = [process for process in psutil.process_iter() if _is_rank(process, jobs["failing"], 1)]
     os.kill(rank.pid, signal.SIGKILL)
     (jobs["failing"].folder / "killed").touch()
-    for name in ("cancelled", "signal", "preempted", "time_limit"):
-        _let_go(jobs[name])
+    told = [jobs[name] for name in ("cancelled", "signal", "preempted", "time_limit")]
+    for job in told:
+        job.wait_for(lambda job=job: phase(job) in ("saving", "stopping"))
+    # From the batch script the signal goes on through srun to the ranks, which say nothing of it before the step's end.
+    time.sleep(5)
+    for job in told:
+        (job.folder / "hold").unlink()
     run("scontrol", "update", f"JobId={limited.id}", "TimeLimit=60")
 
 
@@ -127,11 +132,6 @@ def _is_rank(process: psutil.Process, job: Job, rank: int) -> bool:
         return False
     mine = (environment.get("SLURM_JOB_ID"), environment.get("SLURM_PROCID")) == (job.id, str(rank))
     return mine and command[0] == sys.executable and "train" in command
-
-
-def _let_go(job: Job) -> None:
-    job.wait_for(lambda: phase(job) in ("saving", "stopping"))
-    (job.folder / "hold").unlink()
 
 
 def assert_went_on(job: Job, whole: Job) -> None:

@@ -66,7 +66,8 @@ def assertions(source: str, name: str) -> list[dict[str, Any]]:
     """
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assert):
+        # HumanEval's "assert True, ..." tests nothing.
+        if isinstance(node, ast.Assert) and not (isinstance(node.test, ast.Constant) and node.test.value is True):
             found.append(_test_of(node.test, name))
     if not found:
         raise Unusable("no assertions")
