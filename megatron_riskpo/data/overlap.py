@@ -11,8 +11,8 @@ TYPESETTING = re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|\\[ ,;:!]|[\s$
 
 
 def normalised(text: str) -> str:
-    """The text without case, white space, $ and LaTeX's spacing, compatible Unicode characters made one."""
-    return TYPESETTING.sub("", unicodedata.normalize("NFKC", text).casefold()).rstrip(".?:")
+    """The text without case, spacing, $ and closing .?:=, with compatible Unicode characters made one."""
+    return TYPESETTING.sub("", unicodedata.normalize("NFKC", text).casefold()).rstrip(".?:=")
 
 
 def without_overlap(

@@ -1,5 +1,6 @@
 """Mixed sources: shares, epochs and resumption against a count of what was drawn."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -98,7 +99,8 @@ def test_sources_become_one_list_with_a_stream_of_both(tmp_path):
 
 def test_a_held_out_question_in_other_type_is_not_trained_on(tmp_path):
     train = tmp_path / "train.jsonl"
-    train.write_text('{"problem": "$1+1$ =", "expected_answer": "2"}\n{"problem": "1 - 1 =", "expected_answer": "0"}\n')
+    problems = ["$1+1$ =", "1 - 1 =", "1+1!"]
+    train.write_text("".join(json.dumps({"problem": problem, "expected_answer": "2"}) + "\n" for problem in problems))
     held_out = write_jsonl(tmp_path / "held.jsonl", 2)
     training, _ = load_split(DataConfig(train=str(train), evaluation=held_out, evaluation_size=2), 1)
-    assert [question.problem for question in training] == ["1 - 1 ="]
+    assert [question.problem for question in training] == ["1 - 1 =", "1+1!"], "a factorial is another question"
