@@ -5,7 +5,9 @@ it is counted, and more is an error.
 """
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,10 +52,7 @@ class _Flight:
     """A round under way."""
 
     round: Round
-    bucket: Tensor
     pending: PendingRound
-    sums: list[Tensor]
-    """With checksums, of each message received the sender's, one a slice (8 bytes; not counted as extra memory)."""
     sent: list[Parcel]
     """Kept until they have left."""
 
@@ -82,14 +81,17 @@ class WeightPush:
         limit = 2 * self.plan.layout.bucket_bytes
         if peak > limit:
             raise RunError(f"weight push: the buckets of rank {self.plan.rank} take {peak} bytes, more than {limit}")
-        flight: _Flight | None = None
+        flights: deque[_Flight] = deque()  # two at most: the last one's messages have not been received yet
         for index, step in enumerate(self.rounds):
-            started = self._start(step, buckets[index % 2], sink, version)
-            if flight is not None:
-                self._finish(flight, sink, version)
-            flight = started
-        if flight is not None:
-            self._finish(flight, sink, version)
+            if len(flights) == 2:
+                self._drain(flights.popleft(), version)
+            flights.append(self._start(step, buckets[index % 2], sink, version))
+            if len(flights) == 2:
+                self._receive(flights[0], sink, version)
+        if flights:
+            self._receive(flights[-1], sink, version)
+        for flight in flights:
+            self._drain(flight, version)
         plan = self.plan
         moved = plan.num_bytes(plan.remote)
         return PushReport(time.perf_counter() - start, moved, plan.num_bytes(plan.receives) - moved, peak)
@@ -100,23 +102,22 @@ class WeightPush:
         return self._transport.buckets(bucket_sizes(self.rounds), example)
 
     def _start(self, step: Round, bucket: Tensor, sink: ShardSink, version: int) -> _Flight:
-        sends, receives = [], []
-        sums = [bucket.new_empty(len(m.parts) * self._with_checksums, dtype=torch.int64) for m in step.receives]
-        for message in step.sends:
-            self._fill(message, bucket)
-            sends.append(Parcel(message.peer, _span(bucket, message)))
-            if self._with_checksums:
-                sends.append(Parcel(message.peer, _sums_of(message, bucket)))
-        for message, expected in zip(step.receives, sums, strict=True):
-            receives.append(Parcel(message.peer, _span(bucket, message)))
-            if self._with_checksums:
-                receives.append(Parcel(message.peer, expected))
+        contents = [_span(bucket, message) for message in step.sends]
+        for message, content in zip(step.sends, contents, strict=True):
+            self._fill(message, content)
+        sends = [Parcel(message.peer, content) for message, content in zip(step.sends, contents, strict=True)]
+        receives = [Parcel(message.peer, _span(bucket, message)) for message in step.receives]
+        if self._with_checksums:  # 8 bytes a slice; not counted as extra memory
+            for message, content in zip(step.sends, contents, strict=True):
+                sends.append(Parcel(message.peer, _sums_of(message, content)))
+            for message in step.receives:
+                receives.append(Parcel(message.peer, bucket.new_empty(len(message.parts), dtype=torch.int64)))
         try:
             pending = self._transport.start(sends, receives)
         except RuntimeError as error:
             raise RunError(f"{self._where(version, step)} could not be sent: {reason_of(error)}") from error
         self._copy_local(step, sink)
-        return _Flight(step, bucket, pending, sums * self._with_checksums, sends)
+        return _Flight(step, pending, sends)
 
     def _copy_local(self, step: Round, sink: ShardSink) -> None:
         for part in step.local:
@@ -124,34 +125,49 @@ class WeightPush:
             copy_within_rank(part.source, self._parameters[part.source.parameter], part.target, storage)
             sink.arrived(part.target.parameter, part.numel)
 
-    def _fill(self, message: Message, bucket: Tensor) -> None:
+    def _fill(self, message: Message, content: Tensor) -> None:
         for part in message.parts:
-            for place, piece in part.source.copies(self._parameters[part.source.parameter], _piece(bucket, part)):
-                place.copy_(piece)
+            piece = _piece(content, message, part).view(part.source.shape)
+            for place, source in part.source.copies(self._parameters[part.source.parameter], piece):
+                place.copy_(source)
 
-    def _finish(self, flight: _Flight, sink: ShardSink, version: int) -> None:
-        try:
-            flight.pending.wait(time.monotonic() + self._timeout_s)
-        except PeerError as error:
-            raise RunError(
-                f"{self._where(version, flight.round)} did not go through within {self._timeout_s:g} s, {error}; rank "
-                f"{error.peer} is dead, stopped or unreachable (bridge.timeout_s is how long to wait)"
-            ) from error
-        for message, expected in zip(flight.round.receives, flight.sums, strict=False):
-            self._compare(message, expected, flight, version)
-        for message in flight.round.receives:
+    def _receive(self, flight: _Flight, sink: ShardSink, version: int) -> None:
+        messages = flight.round.receives
+        with self._waiting(flight.round, version) as deadline:
+            contents = flight.pending.receive(deadline)
+        if self._with_checksums:
+            for message, content, sums in zip(messages, contents, contents[len(messages) :], strict=False):
+                self._compare(message, content, sums, self._where(version, flight.round))
+        for message, content in zip(messages, contents, strict=False):
             for part in message.parts:
-                part.target.view(sink.parameter(part.target.parameter)).copy_(_piece(flight.bucket, part))
+                piece = _piece(content, message, part).view(part.source.shape)
+                part.target.view(sink.parameter(part.target.parameter)).copy_(piece)
                 sink.arrived(part.target.parameter, part.numel)
+        flight.pending.release()
 
-    def _compare(self, message: Message, expected: Tensor, flight: _Flight, version: int) -> None:
-        wrong = (_sums_of(message, flight.bucket) != expected).nonzero()[:, 0].tolist()
+    def _compare(self, message: Message, content: Tensor, sums: Tensor, where: str) -> None:
+        wrong = (_sums_of(message, content) != sums).nonzero()[:, 0].tolist()
         if wrong:
             name = message.parts[wrong[0]].target.parameter
             raise RunError(
-                f"{self._where(version, flight.round)} is corrupted: of {len(message.parts)} slices from rank "
-                f"{message.peer} {len(wrong)} have another checksum than there, the first is of {name!r}"
+                f"{where} is corrupted: of {len(message.parts)} slices from rank {message.peer} {len(wrong)} have "
+                f"another checksum than there, the first is of {name!r}"
             )
+
+    def _drain(self, flight: _Flight, version: int) -> None:
+        with self._waiting(flight.round, version) as deadline:
+            flight.pending.drain(deadline)
+
+    @contextmanager
+    def _waiting(self, step: Round, version: int) -> Generator[float]:
+        """Gives the deadline for a wait."""
+        try:
+            yield time.monotonic() + self._timeout_s
+        except PeerError as error:
+            raise RunError(
+                f"{self._where(version, step)} did not go through within {self._timeout_s:g} s, {error}; rank "
+                f"{error.peer} is dead, stopped or unreachable (bridge.timeout_s is how long to wait)"
+            ) from error
 
     def _where(self, version: int, step: Round) -> str:
         return f"weight push of version {version}: rank {self.plan.rank}, bucket of round {step.number}"
@@ -161,9 +177,10 @@ def _span(bucket: Tensor, message: Message) -> Tensor:
     return bucket[message.offset : message.offset + message.numel]
 
 
-def _piece(bucket: Tensor, part: Part) -> Tensor:
-    return bucket[part.offset : part.offset + part.numel].view(part.source.shape)
+def _piece(content: Tensor, message: Message, part: Part) -> Tensor:
+    """Of a message's numbers those of one part."""
+    return content[part.offset - message.offset :][: part.numel]
 
 
-def _sums_of(message: Message, bucket: Tensor) -> Tensor:
-    return torch.stack([checksum(bucket[part.offset : part.offset + part.numel]) for part in message.parts])
+def _sums_of(message: Message, content: Tensor) -> Tensor:
+    return torch.stack([checksum(_piece(content, message, part)) for part in message.parts])

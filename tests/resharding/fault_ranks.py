@@ -64,18 +64,20 @@ class FaultyTransport:
             (self.folder / "fault_time").write_text(str(time.time()))
             os.kill(os.getpid(), getattr(signal, self.fault))
         pending = self.inner.start(sends, receives)
-        return _Corrupting(pending, receives[0]) if now and self.fault == "corruption" else pending
+        return _Corrupting(pending) if now and self.fault == "corruption" else pending
 
 
 class _Corrupting:
     """Changes a number of a message after it has come, as a broken link would."""
 
-    def __init__(self, pending: PendingRound, parcel: Parcel) -> None:
-        self.pending, self.parcel = pending, parcel
+    def __init__(self, pending: PendingRound) -> None:
+        self.release, self.drain = pending.release, pending.drain
+        self.pending = pending
 
-    def wait(self, deadline: float) -> None:
-        self.pending.wait(deadline)
-        self.parcel.buffer[3] += 1
+    def receive(self, deadline: float) -> Sequence[Tensor]:
+        contents = self.pending.receive(deadline)
+        contents[0][3] += 1
+        return contents
 
 
 def push(group: dist.ProcessGroup, case: str, folder: Path) -> str:

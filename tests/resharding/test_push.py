@@ -49,14 +49,21 @@ class QueueTransport:
             for parcel in sends:
                 transport.wires[transport.rank, parcel.peer].put(transport.change(parcel.buffer))
 
-        def wait(self, deadline: float) -> None:
-            self.transport.in_flight -= 1
+        def receive(self, deadline: float) -> list[torch.Tensor]:
             for parcel in self.receives:
                 try:
                     wire = self.transport.wires[parcel.peer, self.transport.rank]
                     parcel.buffer.copy_(wire.get(timeout=max(0.01, deadline - time.monotonic())))
                 except queue.Empty:
                     raise PeerError(parcel.peer, "waiting for", "nothing came") from None
+            return [parcel.buffer for parcel in self.receives]
+
+        def release(self) -> None:
+            self.is_released = True
+
+        def drain(self, deadline: float) -> None:
+            assert self.is_released
+            self.transport.in_flight -= 1
 
 
 class Run:

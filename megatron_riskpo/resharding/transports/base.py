@@ -28,10 +28,18 @@ class PeerError(Exception):
 
 
 class PendingRound(Protocol):
-    """Messages under way."""
+    """Messages under way. Waits raise PeerError at `deadline` (time.monotonic) or on a broken link."""
 
-    def wait(self, deadline: float) -> None:
-        """Return when all have arrived and left, raise PeerError at `deadline` (time.monotonic) or on a broken link."""
+    def receive(self, deadline: float) -> Sequence[Tensor]:
+        """What has come, in the order of the receives, once all of it has; to be read until `release`."""
+        ...
+
+    def release(self) -> None:
+        """What has come is no longer read."""
+        ...
+
+    def drain(self, deadline: float) -> None:
+        """Return when nobody reads what this rank sent: its memory may change."""
         ...
 
 

@@ -21,18 +21,29 @@ class GlooTransport:
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "GlooRound":
         """See Transport."""
-        return GlooRound(launch(sends, receives, self.group))
+        return GlooRound(receives, launch(sends, receives, self.group))
 
 
 class GlooRound:
     """Each message has a handle of its own, which says whose it is when time is up."""
 
-    def __init__(self, works: list[tuple[Parcel, str, dist.Work]]) -> None:
-        self._works = works
+    def __init__(self, receives: Sequence[Parcel], works: Sequence[tuple[Parcel, str, dist.Work]]) -> None:
+        """`works`: of the receives, then of the sends."""
+        self._received = [parcel.buffer for parcel in receives]
+        self._receives, self._sends = works[: len(receives)], works[len(receives) :]
 
-    def wait(self, deadline: float) -> None:
+    def receive(self, deadline: float) -> Sequence[Tensor]:
         """See PendingRound."""
-        for parcel, action, work in self._works:
+        for parcel, action, work in self._receives:
+            wait_for(parcel, action, work, deadline)
+        return self._received
+
+    def release(self) -> None:
+        """Nobody waits for it."""
+
+    def drain(self, deadline: float) -> None:
+        """See PendingRound."""
+        for parcel, action, work in self._sends:
             wait_for(parcel, action, work, deadline)
 
 

@@ -27,16 +27,25 @@ class NcclTransport:
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "NcclRound":
         """See Transport."""
-        return NcclRound(launch(sends, receives, self.group))
+        return NcclRound(receives, launch(sends, receives, self.group))
 
 
 class NcclRound:
     """One handle for the batch."""
 
-    def __init__(self, works: list[tuple[Parcel, str, dist.Work]]) -> None:
+    def __init__(self, receives: Sequence[Parcel], works: Sequence[tuple[Parcel, str, dist.Work]]) -> None:
+        self._received = [parcel.buffer for parcel in receives]
         self._works = works
 
-    def wait(self, deadline: float) -> None:
+    def receive(self, deadline: float) -> Sequence[Tensor]:
+        """See PendingRound."""
+        self.drain(deadline)
+        return self._received
+
+    def release(self) -> None:
+        """Nobody waits for it."""
+
+    def drain(self, deadline: float) -> None:
         """See PendingRound."""
         for parcel, action, work in self._works:
             while not work.is_completed():

@@ -1,6 +1,6 @@
-"""Buckets between CPU ranks of one machine: the receiver reads a message out of the sender's bucket.
+"""Buckets between CPU ranks of one machine: the receiver reads a message where it lies, in the sender's bucket.
 
-Over a socket the kernel copies every byte twice more. Where a message lies, and that it has been read, are small gloo
+Over a socket every byte is copied three times more. Where a message lies, and that it has been read, are small gloo
 messages, by which a dead or stopped peer is found as over gloo. The buckets last as long as the run; their files have
 lost their names once all ranks have mapped them, so that nothing is left of a run that is killed.
 """
@@ -16,13 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_riskpo.resharding.transports.base import Parcel, Transport, launch
-from megatron_riskpo.resharding.transports.gloo import GlooTransport, wait_for
+from megatron_riskpo.resharding.transports.gloo import GlooRound, GlooTransport, wait_for
 
 _MEMORY = Path("/dev/shm")
 _WHERE, _READ = 1, 2
 """Tags: a message lies in bucket i from byte b on; it has been read."""
-
-Link = tuple[Parcel, str, dist.Work]
 
 
 class SharedMemoryTransport:
@@ -53,39 +51,54 @@ class SharedMemoryRound:
     """Messages to read, and those that peers have to read."""
 
     def __init__(self, transport: SharedMemoryTransport, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
-        self._transport = transport
+        self._transport, self._receives = transport, receives
         places = [transport.place(parcel.buffer) for parcel in sends]
-        is_direct = [transport.place(parcel.buffer) is not None for parcel in receives]
-        self._others: list[Link] = launch(
-            [parcel for parcel, place in zip(sends, places, strict=True) if place is None],
-            [parcel for parcel, direct in zip(receives, is_direct, strict=True) if not direct],
-            transport.group,
-        )
+        copied = [parcel for parcel in receives if transport.place(parcel.buffer) is None]
+        self._copied = GlooRound(copied, launch(
+            [parcel for parcel, place in zip(sends, places, strict=True) if place is None], copied, transport.group
+        ))  # fmt: skip
+        self._under_way: list[tuple[Parcel, str, dist.Work]] = []
         for parcel, place in zip(sends, places, strict=True):
             if place is not None:
-                self._others.append((parcel, "sending to", self._link(dist.isend, place, parcel, _WHERE)))
-                read = torch.empty(1, dtype=torch.uint8)
-                self._others.append((parcel, "waiting for", self._link(dist.irecv, read, parcel, _READ)))
-        self._to_read: list[tuple[Parcel, Tensor, dist.Work]] = []
-        for parcel, direct in zip(receives, is_direct, strict=True):
-            if direct:
-                place = torch.empty(2, dtype=torch.int64)
-                self._to_read.append((parcel, place, self._link(dist.irecv, place, parcel, _WHERE)))
+                self._add(dist.isend, place, parcel, _WHERE)
+                self._add(dist.irecv, torch.empty(1, dtype=torch.uint8), parcel, _READ)
+        self._places: list[tuple[Tensor, dist.Work] | None] = []
+        for parcel in receives:
+            place = None if transport.place(parcel.buffer) is None else torch.empty(2, dtype=torch.int64)
+            self._places.append(place if place is None else (place, self._link(dist.irecv, place, parcel, _WHERE)))
 
     def _link(self, call: Any, message: Tensor, parcel: Parcel, tag: int) -> dist.Work:
         peer = {"group_dst" if call is dist.isend else "group_src": parcel.peer}
         return call(message, group=self._transport.group, tag=tag, **peer)
 
-    def wait(self, deadline: float) -> None:
-        """See PendingRound. What came is read before anything else is waited for: peers wait for that."""
-        done = torch.ones(1, dtype=torch.uint8)
-        for parcel, place, work in self._to_read:
-            wait_for(parcel, "waiting for", work, deadline)
-            index, start = place.tolist()
-            source = self._transport.mapped[parcel.peer][index][start : start + parcel.buffer.nbytes]
-            parcel.buffer.copy_(source.view(parcel.buffer.dtype))
-            self._others.append((parcel, "sending to", self._link(dist.isend, done, parcel, _READ)))
-        for parcel, action, work in self._others:
+    def _add(self, call: Any, message: Tensor, parcel: Parcel, tag: int) -> None:
+        action = "sending to" if call is dist.isend else "waiting for"
+        self._under_way.append((parcel, action, self._link(call, message, parcel, tag)))
+
+    def receive(self, deadline: float) -> Sequence[Tensor]:
+        """See PendingRound: views of the peers' buckets."""
+        copied = iter(self._copied.receive(deadline))
+        return [
+            next(copied) if place is None else self._read(parcel, *place, deadline)
+            for parcel, place in zip(self._receives, self._places, strict=True)
+        ]
+
+    def _read(self, parcel: Parcel, place: Tensor, work: dist.Work, deadline: float) -> Tensor:
+        wait_for(parcel, "waiting for", work, deadline)
+        index, start = place.tolist()
+        source = self._transport.mapped[parcel.peer][index][start : start + parcel.buffer.nbytes]
+        return source.view(parcel.buffer.dtype)
+
+    def release(self) -> None:
+        """The senders may fill their buckets again."""
+        for parcel, place in zip(self._receives, self._places, strict=True):
+            if place is not None:
+                self._add(dist.isend, torch.ones(1, dtype=torch.uint8), parcel, _READ)
+
+    def drain(self, deadline: float) -> None:
+        """See PendingRound."""
+        self._copied.drain(deadline)
+        for parcel, action, work in self._under_way:
             wait_for(parcel, action, work, deadline)
 
 
