@@ -106,8 +106,8 @@ def _receives(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray
         wanted = (stop > start) & intervals.holds(stream.expert) & _is_taken(layout, stream, stage, rank, place[0])
         entry, shard, start, stop = _split_over_shards(layout, stream, np.flatnonzero(wanted), start, stop)
         source = _chosen_source(layout, schedule, stage, entry, shard, np.array(rank), np.array(place[0]))
-        number = _round_number(layout, schedule, stage, place[0])
-        found.append(_transfers(stream, entry, source, rank, number + schedule.chunks[stage][entry], start, stop))
+        number = _round_number(layout, stage, place[0], schedule.chunks[stage][entry])
+        found.append(_transfers(stream, entry, source, rank, number, start, stop))
     return np.concatenate(found)
 
 
@@ -158,9 +158,9 @@ def _chosen_source(
     return found.choose(destination, replica // layout.actor.pp + schedule.turns[stage][entry], first, step)
 
 
-def _round_number(layout: BridgeLayout, schedule: Schedule, stage: int, replica: int | np.ndarray) -> int | np.ndarray:
-    """The round of the stage's first bucket for a replica."""
-    return (stage - replica) % layout.actor.pp * schedule.num_chunks
+def _round_number(layout: BridgeLayout, stage: int, replica: int | np.ndarray, chunk: np.ndarray) -> np.ndarray:
+    """The round in which a replica takes a bucket of a stage."""
+    return chunk * layout.actor.pp + (stage - replica) % layout.actor.pp
 
 
 def _sends(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray:
@@ -182,7 +182,7 @@ def _sends(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray:
         taken = _is_taken(layout, stream, stage, destination[:, 0], replica[:, 0])[:, entry[wanted]]
         row, column = np.nonzero((source == rank) & (destination != rank) & taken)
         index = wanted[column]
-        number = _round_number(layout, schedule, stage, row) + schedule.chunks[stage][entry[index]]
+        number = _round_number(layout, stage, row, schedule.chunks[stage][entry[index]])
         found.append(_transfers(stream, entry[index], rank, destination[row, 0], number, begin[index], end[index]))
     return np.concatenate(found)
 

@@ -1,7 +1,8 @@
 """What the ranks have to agree on: the stages' streams, and their cut into rounds.
 
-In a round a replica takes one bucket of one stage's stream. Replica r starts with stage r % pp, so that all stages give
-at all times; after pp * (buckets of the longest stream) rounds everyone has everything.
+In a round a replica takes one bucket of one stage's stream, and in the next round one of the next stage's. Replica r
+starts with stage r % pp. So all stages give at all times, and one that gives to a single replica fills a bucket while
+that replica takes another stage's; after pp * (buckets of the longest stream) rounds everyone has everything.
 """
 
 from collections.abc import Mapping
