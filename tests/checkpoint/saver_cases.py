@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -134,6 +135,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "truncated index": ("megatron/.metadata", cut),
     "missing common file": ("megatron/common.pt", Path.unlink),
     "missing rank file": ("rng_1.pt", Path.unlink),
+    "flipped byte in rollouts under way": ("rollouts_1.pt", flip_byte),
+    "missing rollouts under way": ("rollouts_0.pt", Path.unlink),
     "missing manifest": ("manifest.json", Path.unlink),
     "truncated manifest": ("manifest.json", cut),
 }
@@ -141,12 +144,14 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def corruptions(folder: Path, *, asynchronous: bool) -> dict[str, Any]:
-    """Of each damage: what two ranks agree on, what is said, and the state that is loaded then."""
+    """Of each damage: what two ranks agree on, what is said, and the state that is loaded then.
+
+    The step after is under way at each save."""
     actor = make_actor("tp2", folder.parent / "model", seed=1)
     place, results = folder.parent / f"corrupted_{asynchronous}", {}
     saver = make_saver(place / "original", actor, asynchronous=asynchronous)
     for step in (1, 2):
-        saver.save(step, actor, STATE | {"step": step}, {})
+        saver.save(step, actor, STATE | {"step": step}, {}, {str(step + 1): torch.arange(9)})
     saver.wait()
     for name, (file, harm) in DAMAGES.items():
         copy = place / name
