@@ -61,7 +61,7 @@ def push_folder(engine: VllmEngine, folder: Path, version: int, spoil: Callable[
                 storage.copy_(part.view_as(storage))
                 sink.arrived(place.parameter, part.numel())
 
-    engine.update_shards(sink, move, version)
+    engine.update_shards(sink, move, version, lambda found: None)
 
 
 def max_difference(rollouts: Rollouts, hf_model: torch.nn.Module, temperature: float) -> float:

@@ -48,8 +48,10 @@ class RankGrid:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def build_grid(actor: ActorConfig, seed: int) -> RankGrid:
+def build_grid(actor: ActorConfig, seed: int, timeout_s: float = 600.0) -> RankGrid:
     """Build Megatron's groups over the initialised default group, and seed its tensor-parallel RNG.
+
+    `timeout_s`, in seconds, bounds every collective of these groups.
 
     The data-parallel size is world_size / (tp * cp * pp); config_checks refuses sizes that do not divide.
     """
@@ -65,6 +67,7 @@ def build_grid(actor: ActorConfig, seed: int) -> RankGrid:
         expert_model_parallel_size=actor.ep,
         # Experts are small and many: whole ones on more ranks, never a part of one.
         expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return RankGrid(

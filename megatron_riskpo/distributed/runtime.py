@@ -26,7 +26,7 @@ def rank_runtime(env: RankEnv, run: RunConfig, actor: ActorConfig) -> Iterator[R
     np.random.seed(run.seed % 2**32)
     torch.manual_seed(run.seed)
     try:
-        yield build_grid(actor, run.seed)
+        yield build_grid(actor, run.seed, run.timeout_s)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

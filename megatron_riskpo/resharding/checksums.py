@@ -12,15 +12,19 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGER[tensor.element_size()])
 
 
-def checksum(message: Tensor) -> Tensor:
-    """int64 []: sum of bits * (2 i + 1) modulo 2^64 over the elements i of a contiguous tensor.
+def checksum(*parts: Tensor) -> Tensor:
+    """int64 []: sum of bits * (2 i + 1) modulo 2^64 over the elements i of the tensors, row by row, one after the
+    other.
 
     The factors are odd, so that one changed element always changes the sum; the same on CPU and GPU. Takes memory for
-    2^20 elements at a time.
+    2^20 elements, or a row, at a time.
     """
-    bits = bits_of(message.reshape(-1))
-    total = torch.zeros((), dtype=torch.int64, device=message.device)
-    for index, chunk in enumerate(bits.split(_CHUNK)):
-        factors = torch.arange(chunk.numel(), device=message.device) + index * _CHUNK
-        total += (chunk.to(torch.int64) * (2 * factors + 1)).sum()
+    total, start = torch.zeros((), dtype=torch.int64, device=parts[0].device), 0
+    for part in parts:
+        row = part.numel() // max(1, len(part))
+        for rows in part.split(max(1, _CHUNK // max(1, row))):
+            bits = bits_of(rows.reshape(-1)).to(torch.int64)
+            factors = torch.arange(start, start + len(bits), device=bits.device)
+            total += (bits * (2 * factors + 1)).sum()
+            start += len(bits)
     return total

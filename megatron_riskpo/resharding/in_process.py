@@ -1,6 +1,7 @@
 """From the actor into vLLM engines in the same processes, by plan: each rank gets its own shard and no more."""
 
 import zlib
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class InProcessPush:
         grid = actor.grid
         parameters = dict(named_parameters(actor.chunks))
         self.layout = _layout(actor, engine.tp, config)
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
         self._control = Control(group, config.timeout_s)  # type: ignore[arg-type]
         self._control.agree(_fingerprint(self.layout), "the bridge's layout")
         plan = plan_rank(self.layout, grid.rank)
@@ -52,7 +53,10 @@ class InProcessPush:
     def run(self, version: int) -> None:
         """Bring the engine to the actor's weights. RunError leaves it unusable."""
         self._control.agree(version, "the version of the weights")
-        self._engine.update_shards(self.sink, lambda: self._move(version), version)
+        self._engine.update_shards(
+            self.sink, lambda: self._move(version), version,
+            lambda found: self._control.agree(found, "the version that the engines hold"),
+        )  # fmt: skip
 
     def run_golden(self, version: int) -> int:
         """`run`, then every number compared with tensors gathered whole by another way; how many numbers. RunError, on

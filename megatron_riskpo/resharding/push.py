@@ -6,7 +6,7 @@ it is counted, and more is an error.
 
 import time
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +19,6 @@ from megatron_riskpo.resharding.checksums import checksum
 from megatron_riskpo.resharding.plan import RankPlan
 from megatron_riskpo.resharding.rounds import Message, Part, Round, bucket_sizes, make_rounds
 from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport, reason_of
-from megatron_riskpo.resharding.transports.local import copy_within_rank
 
 
 class ShardSink(Protocol):
@@ -108,50 +107,60 @@ class WeightPush:
         sends = [Parcel(message.peer, content) for message, content in zip(step.sends, contents, strict=True)]
         receives = [Parcel(message.peer, _span(bucket, message)) for message in step.receives]
         if self._with_checksums:  # 8 bytes a slice; not counted as extra memory
-            for message, content in zip(step.sends, contents, strict=True):
-                sends.append(Parcel(message.peer, _sums_of(message, content)))
+            sends += [Parcel(message.peer, self._sums(message.parts)) for message in step.sends]
             for message in step.receives:
                 receives.append(Parcel(message.peer, bucket.new_empty(len(message.parts), dtype=torch.int64)))
         try:
             pending = self._transport.start(sends, receives)
         except RuntimeError as error:
-            raise RunError(f"{self._where(version, step)} could not be sent: {reason_of(error)}") from error
-        self._copy_local(step, sink)
+            peers = sorted({parcel.peer for parcel in (*sends, *receives)})
+            raise RunError(
+                f"{self._where(version, step)} could not be sent: {reason_of(error)}; of ranks {peers} one is dead"
+            ) from error
+        self._copy_local(step, sink, version)
         return _Flight(step, pending, sends)
 
-    def _copy_local(self, step: Round, sink: ShardSink) -> None:
+    def _copy_local(self, step: Round, sink: ShardSink, version: int) -> None:
         for part in step.local:
             storage = sink.parameter(part.target.parameter)
-            copy_within_rank(part.source, self._parameters[part.source.parameter], part.target, storage)
+            part.source.copy(self._parameters[part.source.parameter], part.target.view(storage))
+            if self._with_checksums:
+                self._compare(self.plan.rank, [part], self._sums([part]), sink, self._where(version, step))
             sink.arrived(part.target.parameter, part.numel)
 
     def _fill(self, message: Message, content: Tensor) -> None:
         for part in message.parts:
-            piece = _piece(content, message, part).view(part.source.shape)
-            for place, source in part.source.copies(self._parameters[part.source.parameter], piece):
-                place.copy_(source)
+            part.source.copy(self._parameters[part.source.parameter], _piece(content, message, part))
 
     def _receive(self, flight: _Flight, sink: ShardSink, version: int) -> None:
         messages = flight.round.receives
         with self._waiting(flight.round, version) as deadline:
             contents = flight.pending.receive(deadline)
-        if self._with_checksums:
-            for message, content, sums in zip(messages, contents, contents[len(messages) :], strict=False):
-                self._compare(message, content, sums, self._where(version, flight.round))
-        for message, content in zip(messages, contents, strict=False):
+        sums = contents[len(messages) :]  # none without checksums
+        for index, (message, content) in enumerate(zip(messages, contents, strict=False)):
             for part in message.parts:
-                piece = _piece(content, message, part).view(part.source.shape)
-                part.target.view(sink.parameter(part.target.parameter)).copy_(piece)
+                part.target.view(sink.parameter(part.target.parameter)).copy_(_piece(content, message, part))
+            if sums:
+                self._compare(message.peer, message.parts, sums[index], sink, self._where(version, flight.round))
+            for part in message.parts:
                 sink.arrived(part.target.parameter, part.numel)
-        flight.pending.release()
+        with self._waiting(flight.round, version):
+            flight.pending.release()
 
-    def _compare(self, message: Message, content: Tensor, sums: Tensor, where: str) -> None:
-        wrong = (_sums_of(message, content) != sums).nonzero()[:, 0].tolist()
+    def _sums(self, parts: Sequence[Part]) -> Tensor:
+        """int64 [parts]: of what the parameters hold, not of a copy of it."""
+        views = [part.source.views(self._parameters[part.source.parameter]) for part in parts]
+        return torch.stack([checksum(*of_part) for of_part in views])
+
+    def _compare(self, peer: int, parts: Sequence[Part], sums: Tensor, sink: ShardSink, where: str) -> None:
+        """What lies in the sink's parameters now with the sender's sums."""
+        found = [checksum(part.target.view(sink.parameter(part.target.parameter))) for part in parts]
+        wrong = (torch.stack(found) != sums).nonzero()[:, 0].tolist()
         if wrong:
-            name = message.parts[wrong[0]].target.parameter
+            name = parts[wrong[0]].target.parameter
             raise RunError(
-                f"{where} is corrupted: of {len(message.parts)} slices from rank {message.peer} {len(wrong)} have "
-                f"another checksum than there, the first is of {name!r}"
+                f"{where} is corrupted: of {len(parts)} slices from rank {peer} {len(wrong)} have another checksum "
+                f"than there, the first is of {name!r}"
             )
 
     def _drain(self, flight: _Flight, version: int) -> None:
@@ -178,9 +187,5 @@ def _span(bucket: Tensor, message: Message) -> Tensor:
 
 
 def _piece(content: Tensor, message: Message, part: Part) -> Tensor:
-    """Of a message's numbers those of one part."""
-    return content[part.offset - message.offset :][: part.numel]
-
-
-def _sums_of(message: Message, content: Tensor) -> Tensor:
-    return torch.stack([checksum(_piece(content, message, part)) for part in message.parts])
+    """Of a message's numbers those of one part, in its shape."""
+    return content[part.offset - message.offset :][: part.numel].view(part.source.shape)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -48,20 +49,23 @@ class Round:
         return sum(message.numel for message in (*self.sends, *self.receives))
 
 
-def make_rounds(plan: RankPlan) -> list[Round]:
+@lru_cache(maxsize=2)  # one for the size of its buckets, one for the push
+def make_rounds(plan: RankPlan) -> tuple[Round, ...]:
     """In the order in which they run."""
-    own = plan.receives[plan.receives["source"] == plan.rank]
+    own, remote = plan.receives[plan.receives["source"] == plan.rank], plan.remote
     rounds = []
     for number in plan.rounds:
         sends, end = _messages(plan, _of_round(plan.sends, number), "destination", 0)
-        receives, _ = _messages(plan, _of_round(plan.remote, number), "source", end)
+        receives, _ = _messages(plan, _of_round(remote, number), "source", end)
         local, _ = _parts(plan, _of_round(own, number), 0)
         rounds.append(Round(int(number), tuple(sends), tuple(receives), local))
-    return rounds
+    return tuple(rounds)
 
 
 def _of_round(transfers: np.ndarray, number: int) -> np.ndarray:
-    return transfers[transfers["round"] == number]
+    """`transfers` are sorted by round."""
+    first, end = np.searchsorted(transfers["round"], [number, number + 1])
+    return transfers[first:end]
 
 
 def _messages(plan: RankPlan, transfers: np.ndarray, peer: str, offset: int) -> tuple[list[Message], int]:

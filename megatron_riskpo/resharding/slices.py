@@ -41,35 +41,41 @@ class SourceSlice:
         size, width = self.stop - self.start, self.high - self.low
         return (width, size) if self.dim else (size, width)
 
-    def copies(self, parameter: Tensor, message: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(part of the message, the same part of the parameter): views of one shape, at most three pairs."""
+    def views(self, parameter: Tensor) -> Iterator[Tensor]:
+        """What the message holds, row by row: at most three views of the parameter."""
         matrix = as_matrix(parameter)
         if self.dim == 1:
-            yield message, matrix[self.low : self.high, self.start : self.stop]
-            return
-        columns = matrix[:, self.low : self.high]
-        for begin, end, rows in _row_views(columns, self.place, self.start, self.stop):
-            yield message[begin - self.start : end - self.start].view(rows.shape), rows
+            yield matrix[self.low : self.high, self.start : self.stop]
+        else:
+            yield from _row_views(matrix[:, self.low : self.high], self.place, self.start, self.stop)
+
+    def copy(self, parameter: Tensor, message: Tensor) -> None:
+        """Into a tensor of the message's shape, strided or not."""
+        begin = 0
+        for rows in self.views(parameter):
+            end = begin + rows.numel() // message.shape[1]
+            message[begin:end].view(rows.shape).copy_(rows)
+            begin = end
 
 
-def _row_views(matrix: Tensor, place: Place, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
+def _row_views(matrix: Tensor, place: Place, start: int, stop: int) -> Iterator[Tensor]:
     """Rows [start, stop) of the interval as views of the parameter: whole blocks at once, and what is left before and
     after them."""
     block, period, offset = place.block, place.period, place.offset
     if block == period:
-        yield start, stop, matrix[offset + start : offset + stop]
+        yield matrix[offset + start : offset + stop]
         return
     blocks = matrix.unflatten(0, (-1, period))[:, offset : offset + block]
     first, last = -(-start // block), stop // block
     if first > last:  # within one block
-        yield start, stop, blocks[last, start - last * block : stop - last * block]
+        yield blocks[last, start - last * block : stop - last * block]
         return
     if start < first * block:
-        yield start, first * block, blocks[first - 1, start - (first - 1) * block :]
+        yield blocks[first - 1, start - (first - 1) * block :]
     if first < last:
-        yield first * block, last * block, blocks[first:last]
+        yield blocks[first:last]
     if last * block < stop:
-        yield last * block, stop, blocks[last, : stop - last * block]
+        yield blocks[last, : stop - last * block]
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,18 +179,21 @@ class VllmEngine:
         """Takes slices of this rank's shard, inside `update_shards`; `expected` as VllmShardSink's."""
         return self._llm.collective_rpc("riskpo_shard_sink", args=(expected,))[0]
 
-    def update_shards(self, sink: VllmShardSink, move: Callable[[], None], version: int) -> None:
+    def update_shards(
+        self, sink: VllmShardSink, move: Callable[[], None], version: int, agree: Callable[[int], None]
+    ) -> None:
         """New weights, which `move` copies into the sink; `version` is what `weight_version` says afterwards, cached
-        prefixes are dropped. A push that fails in any way leaves the engine unusable: RunError, now and at every later
-        call. Collective."""
-        with self._updating(version):
+        prefixes are dropped. `agree` takes the version that this rank's vLLM holds then, and raises RunError unless
+        all ranks hold the same. A push that fails in any way leaves the engine unusable: RunError, now and at every
+        later call. Collective."""
+        with self._updating(version, agree):
             sink.begin()
             move()
             sink.finish(version)
             drop_cached_prefixes(self._llm)
 
     @contextlib.contextmanager
-    def _updating(self, version: int) -> Iterator[None]:
+    def _updating(self, version: int, agree: Callable[[int], None]) -> Iterator[None]:
         """Around a push: the engine is unusable until all of it has gone well on all ranks."""
         if self._is_lost:
             self._check_usable()
@@ -203,20 +206,19 @@ class VllmEngine:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise RunError(f"vLLM refused weights of version {version}: {type(error).__name__}: {reason}") from error
+            raise RunError(f"push of version {version} into vLLM failed: {type(error).__name__}: {reason}") from error
         self._wake("kv_cache")
         self._is_asleep = False
-        self._check_versions(version)
+        self._check_version(version, agree)
         self._weight_version = version
         self._is_lost, self._unusable = False, ""
 
-    def _check_versions(self, version: int) -> None:
+    def _check_version(self, version: int, agree: Callable[[int], None]) -> None:
         """RunError on every rank when any worker holds another version."""
         (own,) = self._llm.collective_rpc("riskpo_get_version")
-        versions = [0] * self._group.size()
-        dist.all_gather_object(versions, own, group=self._group)
-        if set(versions) != {version}:
-            raise RunError(f"weights of version {version} were pushed, but the ranks' vLLM workers hold {versions}")
+        agree(own)
+        if own != version:
+            raise RunError(f"weights of version {version} were pushed, but the ranks' vLLM workers hold {own}")
 
     def release(self) -> None:
         """With rollout.sleep, give the memory of weights and KV cache back, until the next `update_shards`."""

@@ -61,28 +61,36 @@ class FaultyTransport:
         now = self.count >= FAULT_AT and self.rank == VICTIM and bool(receives) and not self.is_done
         self.is_done |= now
         if now and self.fault in ("SIGKILL", "SIGSTOP"):
-            (self.folder / "fault_time").write_text(str(time.time()))
-            os.kill(os.getpid(), getattr(signal, self.fault))
+            end_here(self.folder, self.fault)
         pending = self.inner.start(sends, receives)
-        return _Corrupting(pending) if now and self.fault == "corruption" else pending
+        return _Faulty(pending, self.fault, self.folder) if now else pending
 
 
-class _Corrupting:
-    """Changes a number of a message after it has come, as a broken link would."""
+class _Faulty:
+    """Changes a number of a message after it has come, as a broken link would; or the process ends then, while peers
+    read what it has sent."""
 
-    def __init__(self, pending: PendingRound) -> None:
+    def __init__(self, pending: PendingRound, fault: str, folder: Path) -> None:
         self.release, self.drain = pending.release, pending.drain
-        self.pending = pending
+        self.pending, self.fault, self.folder = pending, fault, folder
 
     def receive(self, deadline: float) -> Sequence[Tensor]:
         contents = self.pending.receive(deadline)
-        contents[0][3] += 1
+        if self.fault == "corruption":
+            contents[0][3] += 1
+        elif self.fault == "late":
+            end_here(self.folder, "SIGKILL")
         return contents
+
+
+def end_here(folder: Path, name: str) -> None:
+    (folder / "fault_time").write_text(str(time.time()))
+    os.kill(os.getpid(), getattr(signal, name))
 
 
 def push(group: dist.ProcessGroup, case: str, folder: Path) -> str:
     """What became of a push: "" if it went well. The case is a fault, over gloo where it says so."""
-    layout, rank, (fault, *over) = fault_layout(), group.rank(), case.split()
+    layout, rank, (fault, *over) = fault_layout(), group.rank(), case.split(" over ")
     plan = plan_rank(layout, rank)
     shared = cpu_transport(group, [8 * size for size in bucket_sizes(make_rounds(plan))])
     assert isinstance(shared, SharedMemoryTransport)

@@ -34,8 +34,7 @@ def all_ranks(layout: BridgeLayout) -> list[int]:
 def message(layout: BridgeLayout, rank: int, transfer: np.void, parameters: dict) -> torch.Tensor:
     source = source_slice(layout, rank, transfer)
     out = torch.empty(source.shape, dtype=torch.int64)
-    for into, part in source.copies(parameters[source.parameter], out):
-        into.copy_(part)
+    source.copy(parameters[source.parameter], out)
     return out
 
 

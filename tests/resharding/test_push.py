@@ -19,6 +19,7 @@ from megatron_riskpo.resharding.memory_sink import MemorySink
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
+from megatron_riskpo.resharding.slices import TargetSlice
 from megatron_riskpo.resharding.transports.base import Parcel, PeerError, fresh_buckets
 from tests.resharding.fault_ranks import fault_layout
 from tests.resharding.layout_strategies import bridge_layouts
@@ -28,9 +29,10 @@ Wires = defaultdict[tuple[int, int], queue.Queue]
 
 
 class QueueTransport:
-    """A queue for each pair of ranks; a message is taken at the start, as late as possible copied out."""
+    """A queue for each pair of ranks. As in shared memory a message is read where it lies, in the sender's bucket;
+    when its reader has released it, it is spoilt."""
 
-    def __init__(self, rank: int, wires: Wires, change: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone):
+    def __init__(self, rank: int, wires: Wires, change: Callable[[torch.Tensor], torch.Tensor] = lambda buffer: buffer):
         self.rank, self.wires, self.change = rank, wires, change
         self.in_flight = self.most_in_flight = self.launches = 0
 
@@ -46,24 +48,33 @@ class QueueTransport:
     class Pending:
         def __init__(self, transport: "QueueTransport", sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
             self.transport, self.receives = transport, receives
-            for parcel in sends:
-                transport.wires[transport.rank, parcel.peer].put(transport.change(parcel.buffer))
+            self.sent: list[tuple[Parcel, threading.Event]] = [(parcel, threading.Event()) for parcel in sends]
+            self.read: list[threading.Event] = []
+            for parcel, is_read in self.sent:
+                transport.wires[transport.rank, parcel.peer].put((transport.change(parcel.buffer), is_read))
 
         def receive(self, deadline: float) -> list[torch.Tensor]:
+            contents = []
             for parcel in self.receives:
                 try:
                     wire = self.transport.wires[parcel.peer, self.transport.rank]
-                    parcel.buffer.copy_(wire.get(timeout=max(0.01, deadline - time.monotonic())))
+                    content, is_read = wire.get(timeout=max(0.01, deadline - time.monotonic()))
                 except queue.Empty:
                     raise PeerError(parcel.peer, "waiting for", "nothing came") from None
-            return [parcel.buffer for parcel in self.receives]
+                contents.append(content)
+                self.read.append(is_read)
+            return contents
 
         def release(self) -> None:
-            self.is_released = True
+            for is_read in self.read:
+                is_read.set()
 
         def drain(self, deadline: float) -> None:
-            assert self.is_released
             self.transport.in_flight -= 1
+            for parcel, is_read in self.sent:
+                if not is_read.wait(max(0.01, deadline - time.monotonic())):
+                    raise PeerError(parcel.peer, "waiting for", "it has not read its message")
+                parcel.buffer.fill_(-1)
 
 
 class Run:
@@ -124,6 +135,33 @@ def test_all_sinks_end_with_their_shards(layout, with_checksums):
             assert torch.equal(tensor, expected[name][: len(tensor)]), (rank, name)
         assert not any(sink.missing.values())
         assert report.bytes_received + report.bytes_local == sum(8 * int((t > 0).sum()) for t in expected.values())
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_slice_that_is_copied_wrongly_is_found_by_its_checksum(monkeypatch, local):
+    """By the copy into vLLM's parameter, or by the one within a rank."""
+    right = TargetSlice.view
+    run = Run(fault_layout(), with_checksums=True, timeout_s=0.5)
+    step = next(step for step in run.pushes[0].rounds if (step.local if local else step.receives))
+    part = step.local[0] if local else step.receives[0].parts[0]
+    calls = 0
+
+    def view(self: TargetSlice, parameter: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        found = right(self, parameter)
+        if self is not part.target:
+            return found
+        calls += 1
+        return found.clone() if calls == 1 else found  # what is copied into a clone is lost
+
+    monkeypatch.setattr(TargetSlice, "view", view)
+    run.go()
+    message = str(run.outcomes[0])
+    source = 0 if local else step.receives[0].peer
+    assert (
+        f"slices from rank {source} 1 have another checksum than there, the first is of {part.target.parameter!r}"
+        in message
+    )
 
 
 def test_a_second_push_brings_the_new_weights():

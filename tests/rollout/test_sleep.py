@@ -16,10 +16,11 @@ SAMPLING = SamplingConfig(group_size=1, max_response_tokens=4, temperature=1.0, 
 def engine(calls: list[str], monkeypatch: pytest.MonkeyPatch, *, may_sleep: bool) -> VllmEngine:
     """With a vLLM that only notes what it is told."""
     monkeypatch.setattr(vllm_engine, "drop_cached_prefixes", lambda llm: None)
-    monkeypatch.setattr(VllmEngine, "_check_versions", lambda self, version: calls.append(f"check {version}"))
     one = VllmEngine.__new__(VllmEngine)
     one._llm = SimpleNamespace(
-        sleep=lambda level: calls.append(f"sleep {level}"), wake_up=lambda tags: calls.append(f"wake {tags}")
+        sleep=lambda level: calls.append(f"sleep {level}"),
+        wake_up=lambda tags: calls.append(f"wake {tags}"),
+        collective_rpc=lambda method: [one.pushed],
     )
     one._may_sleep, one._is_asleep, one._is_lost, one._unusable, one._weight_version = may_sleep, False, False, "", -1
     return one
@@ -27,7 +28,8 @@ def engine(calls: list[str], monkeypatch: pytest.MonkeyPatch, *, may_sleep: bool
 
 def push(one: VllmEngine, calls: list[str], version: int) -> None:
     sink: Any = SimpleNamespace(begin=lambda: None, finish=lambda version: None)
-    one.update_shards(sink, lambda: calls.append("push"), version)
+    vars(one)["pushed"] = version
+    one.update_shards(sink, lambda: calls.append("push"), version, lambda found: calls.append(f"check {found}"))
 
 
 def test_it_sleeps_until_new_weights_come_and_wakes_part_by_part(monkeypatch):

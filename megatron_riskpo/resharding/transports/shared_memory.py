@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_riskpo.resharding.transports.base import Parcel, Transport, launch
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, Transport, launch, reason_of
 from megatron_riskpo.resharding.transports.gloo import GlooRound, GlooTransport, wait_for
 
 _MEMORY = Path("/dev/shm")
@@ -69,7 +69,10 @@ class SharedMemoryRound:
 
     def _link(self, call: Any, message: Tensor, parcel: Parcel, tag: int) -> dist.Work:
         peer = {"group_dst" if call is dist.isend else "group_src": parcel.peer}
-        return call(message, group=self._transport.group, tag=tag, **peer)
+        try:
+            return call(message, group=self._transport.group, tag=tag, **peer)
+        except RuntimeError as error:
+            raise PeerError(parcel.peer, "reaching", reason_of(error)) from error
 
     def _add(self, call: Any, message: Tensor, parcel: Parcel, tag: int) -> None:
         action = "sending to" if call is dist.isend else "waiting for"
