@@ -50,9 +50,7 @@ def test_corruption_and_a_wrong_version_are_refused(tmp_path):
     assert "1 have another checksum than there, the first is of 'model." in message
 
 
-@pytest.mark.parametrize(
-    "fault", ["SIGKILL", "SIGKILL over gloo", "late", "late over gloo", "SIGSTOP", "SIGSTOP over gloo"]
-)
+@pytest.mark.parametrize("fault", ["SIGKILL", "late", "late over gloo", "SIGSTOP", "SIGSTOP over gloo"])
 def test_a_dead_or_stopped_rank_ends_the_others(tmp_path, fault):
     found = outcomes([fault], tmp_path / "ranks", SURVIVORS)
     happened = float((tmp_path / "ranks/fault_time").read_text())

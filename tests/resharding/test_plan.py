@@ -149,7 +149,7 @@ def test_all_stages_send_in_every_round():
     busy = Counter()
     for rank in range(16):
         plan = plan_rank(layout, rank)
-        busy.update({(int(r), rank // 4) for r in np.unique(plan.receives["round"]) for _ in [0]})
+        busy.update({(int(r), rank // 4) for r in np.unique(plan.receives["round"])})
         busy.update({("sends", int(r), rank // 4) for r in np.unique(plan.sends["round"])})
     rounds = {key[1] for key in busy if key[0] == "sends"}
     # In round 0 every replica takes its own stage; from then on all four stages send to others.

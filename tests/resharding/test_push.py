@@ -157,11 +157,8 @@ def test_a_slice_that_is_copied_wrongly_is_found_by_its_checksum(monkeypatch, lo
     monkeypatch.setattr(TargetSlice, "view", view)
     run.go()
     message = str(run.outcomes[0])
-    source = 0 if local else step.receives[0].peer
-    assert (
-        f"slices from rank {source} 1 have another checksum than there, the first is of {part.target.parameter!r}"
-        in message
-    )
+    source, name = 0 if local else step.receives[0].peer, part.target.parameter
+    assert f"slices from rank {source} 1 have another checksum than there, the first is of {name!r}" in message
 
 
 def test_a_second_push_brings_the_new_weights():

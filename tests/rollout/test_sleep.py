@@ -67,7 +67,7 @@ def test_a_push_that_fails_on_waking_leaves_it_unusable(monkeypatch):
         raise RuntimeError("out of memory")
 
     one._llm.wake_up = out_of_memory
-    with pytest.raises(RunError, match="refused weights of version 1: RuntimeError: out of memory"):
+    with pytest.raises(RunError, match="push of version 1 into vLLM failed: RuntimeError: out of memory"):
         push(one, calls, 1)
     one.release()
     calls.clear()
