@@ -53,7 +53,7 @@ def test_after_each_push_vllm_is_the_pushed_model(folders, monkeypatch):
             rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
             assert max_difference(rollouts, models[name], 1.0) <= 1e-5
         monkeypatch.setattr(WeightSink, "riskpo_get_version", lambda worker: 2)
-        with pytest.raises(RunError, match=r"version 7 were pushed.*hold \[2\]"):
+        with pytest.raises(RunError, match=r"version 7 were pushed.*hold 2"):
             push_folder(engine, folders["b"], 7)
         with pytest.raises(RunError, match="half-updated"):
             engine.generate(PROMPTS, SAMPLING, SEEDS)
