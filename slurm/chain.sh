@@ -3,7 +3,8 @@
 # the one before has succeeded; if it does not, the later ones are taken out of the queue. Prints their job ids.
 #   slurm/chain.sh runs/my math500.jsonl --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --time=12:00:00 -- my.toml \
 #       -- --rollout.max_response_tokens 8192
-# RUN is run.dir/run.name of the configuration. What stands behind the second -- goes to riskpo evaluate.
+# RUN is run.dir/run.name of the configuration. What stands behind the second -- goes to riskpo evaluate. If a later job is
+# refused, the earlier ones stay in the queue; it says which.
 set -euo pipefail
 
 if [ $# -lt 4 ]; then
@@ -31,9 +32,34 @@ options=("${WORDS[@]}")
 split "${REST[@]}"
 training=("${WORDS[@]}") evaluation=("${REST[@]}")
 
-train=$("$here/submit.sh" --parsable "${options[@]}" "$here/train.sbatch" "${training[@]}")
-convert=$("$here/submit.sh" --parsable "${CONVERT_OPTIONS[@]}" --dependency="afterok:${train%%;*}" \
-    --kill-on-invalid-dep=yes "$here/convert.sbatch" megatron-to-hf "$run" "$run/converted")
-evaluate=$("$here/submit.sh" --parsable "${EVALUATE_OPTIONS[@]}" --dependency="afterok:${convert%%;*}" \
-    --kill-on-invalid-dep=yes "$here/evaluate.sbatch" --model "$run/converted" --data "$questions" "${evaluation[@]}")
-echo "train ${train%%;*} convert ${convert%%;*} evaluate ${evaluate%%;*}"
+# submit NAME [DEPENDENCY] -- ARGUMENT ...: into the queue, and its id into JOB. Where Slurm does not take it: what is in the queue
+# already, and how to go on.
+SUBMITTED=()
+submit() {
+    local name=$1 dependency=() command
+    shift
+    if [ "$1" != -- ]; then
+        dependency=(--dependency="afterok:$1" --kill-on-invalid-dep=yes)
+        shift
+    fi
+    shift
+    command=("$here/submit.sh" --parsable "${dependency[@]}" "$@")
+    if ! JOB=$("${command[@]}"); then
+        echo "error: the job to $name was refused, see above" >&2
+        if ((${#SUBMITTED[@]})); then
+            echo "in the queue is: ${SUBMITTED[*]}" >&2
+            echo "take it out (scancel ${SUBMITTED[*]##* }), or mend the options and submit what is left, beginning with:" >&2
+            printf '%q ' "${command[@]}" >&2
+            echo >&2
+        fi
+        exit 1
+    fi
+    JOB=${JOB%%;*}
+    SUBMITTED+=("$name $JOB")
+}
+
+submit train -- "${options[@]}" "$here/train.sbatch" "${training[@]}"
+submit convert "$JOB" -- "${CONVERT_OPTIONS[@]}" "$here/convert.sbatch" megatron-to-hf "$run" "$run/converted"
+submit evaluate "$JOB" -- "${EVALUATE_OPTIONS[@]}" "$here/evaluate.sbatch" --model "$run/converted" --data "$questions" \
+    "${evaluation[@]}"
+echo "${SUBMITTED[*]}"

@@ -36,7 +36,9 @@ server_host() {
 # options are added. Where it fails the job ends. PREFLIGHT=() leaves it out.
 PREFLIGHT=(doctor --job)
 
-# Times that a job whose ranks failed, or stood still, is requeued all the same, to go on from its last checkpoint.
+# Times that a job whose run stood still is requeued, to go on from its last checkpoint.
+STALL_RETRIES=3
+# The same of a job whose ranks failed.
 RETRIES=0
 
 # A folder that all nodes see, through which weights go to rollout servers on other nodes; empty: the attempt's own.

@@ -18,6 +18,8 @@ ATTEMPT_DIR=$JOB_DIR/attempt_$ATTEMPT
 # Made by riskpo when its work is done: a run that a signal stopped has the same exit code.
 export RISKPO_DONE_FILE=$ATTEMPT_DIR/done
 export RISKPO_FAILED_FILE=$ATTEMPT_DIR/failed
+# Made by the watchdog when it ends a run that stands still, with the line that names the ranks.
+export RISKPO_STALLED_FILE=$ATTEMPT_DIR/stalled
 # Slurm hands --cpus-per-task on to the batch script, not from there to srun.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
@@ -146,7 +148,9 @@ end_after_failure() {
     until [ -e "$RISKPO_FAILED_FILE" ]; do
         sleep 1
     done
-    sleep 10
+    # Of a run that stood still the watchdogs have ended all ranks that they can.
+    sleep 3
+    [ -e "$RISKPO_STALLED_FILE" ] || sleep 7
     echo "ending what is left of the ranks"
     # srun kills them.
     kill -TERM "$STEP"
@@ -174,17 +178,27 @@ finish() {
     first=$(sed -n '1s/.*exit code //p' "$RISKPO_FAILED_FILE")
     code=${first:-$code}
     echo "exit code $code"
+    if [ -e "$RISKPO_STALLED_FILE" ]; then
+        cat "$RISKPO_STALLED_FILE"
+        if (($(num_stalls) <= ${STALL_RETRIES:-3})); then
+            requeue
+        fi
     # 2: wrong input, which does not get better.
-    if ((code != 0 && code != 2 && $(num_failures) <= RETRIES)); then
+    elif ((code != 0 && code != 2 && $(num_failures) <= RETRIES)); then
         requeue
     fi
     phase failed
     exit "$((code ? code : 1))"
 }
 
-# Attempts that failed.
+# Attempts that stood still.
+num_stalls() {
+    find "$JOB_DIR" -path '*/attempt_*/stalled' | wc -l
+}
+
+# Attempts that failed in another way: those of a run that stands still fail, too.
 num_failures() {
-    find "$JOB_DIR" -path '*/attempt_*/failed' | wc -l
+    echo $(($(find "$JOB_DIR" -path '*/attempt_*/failed' | wc -l) - $(num_stalls)))
 }
 
 stop_servers() {

@@ -155,11 +155,17 @@ def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent, of that process id, dies (Linux; elsewhere nothing)."""
     if sys.platform != "linux":
         return
-    pr_set_pdeathsig = 1  # <linux/prctl.h>
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+    signal_when_parent_dies(signal.SIGKILL)
     if os.getppid() != parent:
         # It died before the line above.
         os._exit(1)
+
+
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent dies (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # <linux/prctl.h>
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(number), 0, 0, 0)
 
 
 def child_environment() -> dict[str, str]:
@@ -222,6 +228,11 @@ class _Child:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
+    @property
+    def is_stopped(self) -> bool:
+        """By a signal (SIGSTOP): no other one but SIGKILL is heard."""
+        return os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+
     def kill(self) -> None:
         """End it and what it has started (graders, compilers): they share its session."""
         try:
@@ -251,8 +262,9 @@ def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = 15.0) -> 
     """Run `command` as ranks 0 .. num_ranks - 1 on this machine until all have ended; the exit code.
 
     0 if all ranks ended so; else the code of the rank that failed first (128 + n for one killed by signal n), and one
-    line on stderr says why. After a failure the other ranks get SIGTERM and, grace_s seconds later, SIGKILL. SIGTERM,
-    SIGINT and SIGUSR1 are passed on; a second SIGINT kills. The children must call die_with_launcher().
+    line on stderr says why. After a failure the other ranks get SIGTERM and, grace_s seconds later, SIGKILL; those that
+    are stopped, SIGKILL at once. SIGTERM, SIGINT and SIGUSR1 are passed on; a second SIGINT kills. The children must
+    call die_with_launcher().
     """
     children: list[_Child] = []
     relay = _Relay(children)
@@ -330,7 +342,10 @@ def _wait(children: list[_Child], relay: _Relay, grace_s: float) -> None:
         if waited > SETTLE_S and not terminated:
             terminated = True
             for child in running:
-                child.send(signal.SIGTERM)
+                if child.is_stopped:
+                    child.kill()
+                else:
+                    child.send(signal.SIGTERM)
         if relay.interrupted_twice or waited > SETTLE_S + grace_s:
             # Those that a handler can reach get the time to run it.
             time.sleep(POLL_S)

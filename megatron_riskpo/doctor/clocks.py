@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from megatron_riskpo.doctor.line import Line
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.watchdog.guard import CLOCK_SKEW_S
 
 WARN_S = 1.0
@@ -16,7 +17,8 @@ def clock_offsets(
     store: Any, rank: int, leaders: Mapping[str, int], timeout_s: float
 ) -> dict[str, tuple[float, float]]:
     """Host -> seconds that its clock is ahead of rank 0's, and how far that may be off; on rank 0, empty elsewhere.
-    `leaders`: the rank of each host that answers. Each host is asked in turn, and answers with its time."""
+    `leaders`: the rank of each host that answers. Each host is asked in turn, and answers with its time. Raises
+    RunError, on rank 0, that names a host that does not answer in time."""
     limit = timedelta(seconds=timeout_s)
     offsets = {}
     if rank == 0:
@@ -25,7 +27,10 @@ def clock_offsets(
                 continue
             asked = time.time()
             store.set(f"clock/ask/{leader}", "")
-            store.wait([f"clock/answer/{leader}"], limit)
+            try:
+                store.wait([f"clock/answer/{leader}"], limit)
+            except RuntimeError as error:
+                raise RunError(f"clocks: {host} (rank {leader}) does not answer within {timeout_s:g} s") from error
             answered = time.time()
             theirs = float(store.get(f"clock/answer/{leader}"))
             offsets[host] = (theirs - (asked + answered) / 2, (answered - asked) / 2)

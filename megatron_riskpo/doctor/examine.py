@@ -27,6 +27,7 @@ def examine(run_dir: Path) -> list[Line]:
 def node_lines(num_gpus: int) -> list[Line]:
     """Packages, libraries and limits of this machine, whatever its GPUs and disks: `num_gpus` are used of it."""
     import psutil
+    import torch
 
     warnings.simplefilter("ignore")
     memory = psutil.virtual_memory()
@@ -34,6 +35,7 @@ def node_lines(num_gpus: int) -> list[Line]:
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return [
         *package_lines(on_gpu=num_gpus > 0),
+        machine.cuda_line(machine.cuda_of_driver(), torch.version.cuda),
         machine.nccl_line(machine.nccl_version()),
         machine.bubblewrap_line(*machine.try_bubblewrap()),
         machine.host_memory_line(memory.available, memory.total, num_gpus),

@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron_riskpo.doctor.job_lines import checkpoint_lines, fold, shared_fold
 from megatron_riskpo.doctor.line import Line
 from megatron_riskpo.doctor.machine import Disk, GpuState
 from megatron_riskpo.doctor.meeting import Meeting, meet
+from megatron_riskpo.doctor.watched import watched
 
 PACKAGES = (
     *(
@@ -155,31 +156,52 @@ def _disk_lines(disks: dict[str, Disk], options: JobOptions) -> list[Line]:
 
 
 def _examine_links(meeting: Meeting, nodes: dict[str, list[int]], options: JobOptions) -> list[Line]:
+    rates = watched(meeting, "bandwidth", lambda enter: asdict(_measure(meeting, nodes, options.timeout_s, enter)))
+    found = [Rates(**rate) for rate in rates]
+    expected = _expected(found[0].gpu, options)
+    slowest = min((rate.between for rate in found if rate.between), default=0.0)
+    inside = {host: min(found[rank].inside for rank in ranks) for host, ranks in nodes.items()}
+    pairs = {host: found[ranks[0]].pair for host, ranks in nodes.items()}
+    return [*bandwidth.inside_lines(inside, expected[0]), *bandwidth.between_lines(slowest, pairs, expected[1])]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank has measured, in bytes/s; 0 where it has none to measure with."""
+
+    inside: float
+    between: float
+    pair: float
+    gpu: str
+    """Its name; empty on a CPU."""
+
+
+def _measure(meeting: Meeting, nodes: dict[str, list[int]], timeout_s: float, enter: Callable[[str], None]) -> Rates:
+    """On a thread of its own: any of it may hang."""
     import torch
     import torch.distributed as dist
 
     env, hosts = meeting.env, meeting.hosts or []
-    init_process_group(env, options.timeout_s, store=meeting.store)
-    try:
-        on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        # NCCL wants all ranks of a group in its first call; the pairs below are of some of them.
-        dist.all_reduce(torch.zeros(1, device=device))
-        groups = bandwidth.make_groups(hosts, env.rank)
-        inside = bandwidth.all_reduce_rate(groups.node, device)
-        between = bandwidth.all_reduce_rate(groups.across, device)
-        leaders = [ranks[0] for ranks in nodes.values()] if len(nodes) > 1 else []
-        peers = bandwidth.neighbours(leaders, env.rank)
-        pair = max((bandwidth.pair_rate(peer, device) for peer in peers if peer is not None), default=0.0)
-        rates = meeting.collect("bandwidth", [inside, between, pair])
-    finally:
-        dist.destroy_process_group()
-    expected = _expected(torch.cuda.get_device_name(device) if on_gpu else "", options)
-    slowest = min((rate[1] for rate in rates if rate[1]), default=0.0)
-    return [
-        *bandwidth.inside_lines({host: min(rates[r][0] for r in ranks) for host, ranks in nodes.items()}, expected[0]),
-        *bandwidth.between_lines(slowest, {host: rates[ranks[0]][2] for host, ranks in nodes.items()}, expected[1]),
-    ]
+    enter("the start of torch's process group")
+    init_process_group(env, timeout_s, store=meeting.store)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    enter("the first all-reduce of all ranks")
+    # NCCL wants all ranks of a group in its first call; the pairs below are of some of them.
+    dist.all_reduce(torch.zeros(1, device=device))
+    if on_gpu:
+        torch.cuda.synchronize()
+    groups = bandwidth.make_groups(hosts, env.rank)
+    enter("all-reduce inside nodes")
+    inside = bandwidth.all_reduce_rate(groups.node, device)
+    enter("all-reduce between nodes")
+    between = bandwidth.all_reduce_rate(groups.across, device)
+    enter("messages between pairs of nodes")
+    leaders = [ranks[0] for ranks in nodes.values()] if len(nodes) > 1 else []
+    peers = bandwidth.neighbours(leaders, env.rank)
+    pair = max((bandwidth.pair_rate(peer, device) for peer in peers if peer is not None), default=0.0)
+    dist.destroy_process_group()
+    return Rates(inside, between, pair, torch.cuda.get_device_name(device) if on_gpu else "")
 
 
 def _expected(gpu_name: str, options: JobOptions) -> tuple[float | None, float | None]:

@@ -1,5 +1,6 @@
 """The machine: GPUs and their libraries, host memory, limits, sandbox, file system."""
 
+import ctypes
 import os
 import resource
 import shutil
@@ -86,6 +87,37 @@ def _no_gpu(built_for: str | None, driver: bool) -> Line:
         remedy = "compare the driver's CUDA version in nvidia-smi, and CUDA_VISIBLE_DEVICES"
         return Line("GPUs", "fail", f"a driver is there, but torch for CUDA {built_for} sees no GPU", remedy)
     return Line("GPUs", "ok", "none: models run on the CPU")
+
+
+def cuda_line(driver: tuple[int, int] | None, built_for: str | None) -> Line:
+    """driver: the newest CUDA version (major, minor) that the GPU's driver runs, None without a driver; built_for:
+    torch's. Within a major version older drivers run newer CUDA, except for kernels that are compiled from PTX
+    (CUDA Compatibility, "Minor Version Compatibility")."""
+    name = "CUDA driver"
+    if driver is None or built_for is None:
+        found = "no driver" if driver is None else f"runs CUDA {driver[0]}.{driver[1]}"
+        return Line(name, "ok", f"{found}, and torch is {f'for CUDA {built_for}' if built_for else 'for CPUs'}")
+    major, minor = (int(part) for part in built_for.split(".")[:2])
+    found = f"runs CUDA up to {driver[0]}.{driver[1]}, torch is for {built_for}"
+    if driver[0] < major:
+        remedy = f"update the driver, add NVIDIA's cuda-compat-{major}-{minor}, or install torch for CUDA {driver[0]}"
+        return Line(name, "fail", found, remedy)
+    if driver[0] == major and driver[1] < minor:
+        remedy = f"update the driver to one for CUDA {built_for}: kernels compiled at run time may not load"
+        return Line(name, "warn", found, remedy)
+    return Line(name, "ok", found)
+
+
+def cuda_of_driver() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver runs; None without a driver. Starts no CUDA context."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def nccl_line(version: tuple[int, ...] | None) -> Line:

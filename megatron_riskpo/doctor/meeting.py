@@ -11,7 +11,7 @@ from megatron_riskpo.distributed.launch import RankEnv, all_hosts
 from megatron_riskpo.errors import RunError
 
 _POLL_S = 0.05
-_GRACE_S = 10.0
+GRACE_S = 10.0
 """How much longer than rank 0 the others wait: it says who is missing."""
 
 
@@ -37,10 +37,10 @@ class Meeting:
         if own == 0:
             missing = self._wait_for_all(stage)
             self.store.set(f"{stage}/missing", json.dumps(self._complaint(stage, missing) if missing else ""))
-        complaint = json.loads(self._get(f"{stage}/missing", self.timeout_s + _GRACE_S))
+        complaint = json.loads(self._get(f"{stage}/missing", self.timeout_s + GRACE_S))
         if complaint:
             raise SharedError(complaint)
-        return [json.loads(self._get(f"{stage}/{rank}", _GRACE_S)) for rank in range(self.env.world_size)]
+        return [json.loads(self._get(f"{stage}/{rank}", GRACE_S)) for rank in range(self.env.world_size)]
 
     def _wait_for_all(self, stage: str) -> list[int]:
         """The ranks that did not come."""

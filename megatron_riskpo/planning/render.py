@@ -56,6 +56,8 @@ def _memory_table(plan: Plan) -> list[str]:
 def _time_table(plan: Plan) -> list[str]:
     rows = [["phase", "s a step", "most of it"]]
     rows += [[name, f"{phase.seconds:.1f}", phase.bound] for name, phase in plan.time.phases.items()]
+    if plan.time.overlapped:
+        rows.append(["overlap", f"-{plan.time.overlapped:.1f}", "servers sample while the trainer works"])
     rows.append(["step", f"{plan.time.seconds:.1f}", ""])
     speed = (
         f"{plan.time.tokens_per_second:.0f} response tokens/s a GPU, update at {100 * plan.time.mfu:.0f} % of the peak"
@@ -114,6 +116,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "ranks": [_rank_json(rank) for rank in plan.memory],
         "seconds": {name: phase.seconds for name, phase in plan.time.phases.items()},
         "bounds": {name: phase.bound for name, phase in plan.time.phases.items()},
+        "overlapped_seconds": plan.time.overlapped,
         "step_seconds": plan.time.seconds,
         "mfu": plan.time.mfu,
         "response_tokens_per_second_per_gpu": plan.time.tokens_per_second,

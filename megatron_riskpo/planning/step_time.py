@@ -33,10 +33,12 @@ class StepTime:
     """Model FLOPs of the update over what the GPUs could do meanwhile."""
     tokens_per_second: float
     """Response tokens a GPU, over the whole step."""
+    overlapped: float = 0.0
+    """Seconds in which servers sample while the trainer works: they count once."""
 
     @property
     def seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases.values())
+        return sum(phase.seconds for phase in self.phases.values()) - self.overlapped
 
 
 def plan_time(
@@ -57,8 +59,19 @@ def plan_time(
         "sync": _sync(shared),
     }
     seconds = sum(phase.seconds for phase in phases.values())
+    overlapped = _overlapped({name: phase.seconds for name, phase in phases.items()}, config.rollout.max_staleness)
     mfu = (1 + BACKWARD) * forward / (phases["update"].seconds * world_size * gpu.peak_flops)
-    return StepTime(phases, mfu, targets / seconds / world_size)
+    return StepTime(phases, mfu, targets / (seconds - overlapped) / world_size, overlapped)
+
+
+def _overlapped(seconds: Mapping[str, float], max_staleness: int) -> float:
+    """In the long run a step takes the longer of sampling and training, and the sync, in which servers stand still.
+    One step ahead, the next responses are asked for once those of the step are graded; further ahead, servers never
+    wait."""
+    if not max_staleness:
+        return 0.0
+    training = seconds["logprobs"] + seconds["update"] + (seconds["reward"] if max_staleness > 1 else 0.0)
+    return min(seconds["rollout"], training)
 
 
 @dataclass(frozen=True)

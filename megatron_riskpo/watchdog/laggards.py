@@ -61,8 +61,12 @@ def _out_of_action(seen: Sighting) -> str:
 
 
 def _where(seen: Sighting) -> str:
-    at = seen.after
-    assert at is not None
+    assert seen.after is not None
+    return whereabouts(seen.after)
+
+
+def whereabouts(at: Heartbeat) -> str:
+    """Rank, node, phase, step and time in it."""
     return f"{at} is in {at.phase} after step {at.steps_done} for {at.phase_s:.0f} s"
 
 

@@ -5,11 +5,17 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 DUMP_SIGNAL = signal.SIGUSR2
 """faulthandler answers it in C, on the thread that it reaches: even in a call that holds Python's lock."""
 _DUMP_S = 1.5
 _SETTLED_S = 0.3
+_RUN_VARIABLES = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Alike in all ranks of a run, as torchrun and `launch` start them."""
 
 
 def process_state(pid: int) -> str:
@@ -47,6 +53,31 @@ def read_stacks(stacks_fd: int) -> str:
 
 def kill(pid: int) -> None:
     _send(pid, signal.SIGKILL)
+
+
+def ranks_beside(pid: int) -> "list[psutil.Process]":
+    """The other ranks of the run that the launcher of this one has started on this machine; none under srun, where a
+    rank has a parent of its own."""
+    # Takes tens of milliseconds, and a guard that ends with its rank never needs it.
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        rank = psutil.Process(pid)
+        launcher, run = rank.parent(), _run_of(rank)
+        if launcher is not None and run:
+            return [child for child in launcher.children() if child.pid != pid and _run_of(child) == run]
+    return []
+
+
+def _run_of(rank: "psutil.Process") -> list[str]:
+    """What tells its run from others; empty: it is no rank."""
+    import psutil
+
+    try:
+        environment = rank.environ()
+    except psutil.Error:
+        return []
+    return [environment[name] for name in _RUN_VARIABLES] if {"RANK", *_RUN_VARIABLES} <= environment.keys() else []
 
 
 def _send(pid: int, number: int) -> None:

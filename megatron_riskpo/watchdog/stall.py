@@ -14,22 +14,28 @@ class StallFolder:
     def __init__(self, run_dir: Path, start: float) -> None:
         self.path = run_dir / FOLDER
         self._start = start
-        self._old_call, self._old_report = self._read("call.txt"), self._read("report.txt")
+        self._old: tuple[str, str] | None = None
+
+    def look_back(self) -> None:
+        """Note what an earlier attempt has left; before, nothing counts as said in this one."""
+        self._old = self._read("call.txt"), self._read("report.txt")
 
     @property
     def called_for(self) -> str:
         """Why a rank has called the others to write their stacks; empty: none has."""
         text = self._read("call.txt")
-        return "" if text == self._old_call else text.partition("\n")[0]
+        return "" if self._old is None or text == self._old[0] else text.partition("\n")[0]
 
     @property
     def report(self) -> str:
         """What the guard that speaks for all has found; empty before."""
         text = self._read("report.txt")
-        return "" if text == self._old_report else text
+        return "" if self._old is None or text == self._old[1] else text
 
-    def call(self, rank: int, cause: str) -> None:
-        self._write("call.txt", f"{cause}\nrank {rank} at {time.time():.3f}\n")
+    def call_once(self, rank: int, cause: str) -> None:
+        """Unless one has."""
+        if not self.called_for:
+            self._write("call.txt", f"{cause}\nrank {rank} at {time.time():.3f}\n")
 
     def write_report(self, text: str) -> None:
         self._write("report.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "megatron_riskpo.cli"]
 # Each rank is on a node of its own, and the second has another torch; what a node says of itself is left out.
 ON_TWO_NODES = """
-import os, socket, sys
+import os, signal, socket, sys, time
 from megatron_riskpo.cli import entry
 from megatron_riskpo.doctor import job
 rank = int(os.environ["RANK"])
@@ -21,6 +22,9 @@ socket.gethostname = lambda: f"n{rank}"
 job.node_lines = lambda num_gpus: []
 if sys.argv[1] == "other" and rank == 1:
     job.versions_here = lambda: {"torch": "2.12.0"}
+if sys.argv[1] == "stops" and rank == 1:
+    # After it has told where it is.
+    job.bandwidth.all_reduce_rate = lambda group, device: time.sleep(2) or os.kill(os.getpid(), signal.SIGSTOP)
 entry(["doctor", "--job", "--run-dir", "runs", *sys.argv[2:]])
 """
 
@@ -46,13 +50,17 @@ def start(folder: Path, ranks: list[int], world_size: int, command: list[str]) -
 
 
 def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout, stderr of each."""
+    """Exit code, stdout, stderr of each, and of the first alone where others are stopped."""
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes if not is_stopped(process)]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=False)]
+
+
+def is_stopped(process: subprocess.Popen) -> bool:
+    return process.poll() is None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
 
 def test_a_bare_job_with_its_configuration(tmp_path: Path) -> None:
@@ -82,6 +90,7 @@ JOBS = {
     "two nodes": ([0, 1], 2, ["same", "--expect-between", "1e6"]),
     "another torch": ([0, 1], 2, ["other"]),
     "rank 1 and 2 missing": ([0], 3, ["same", "--timeout", "6"]),
+    "rank 1 stops": ([0, 1], 2, ["stops", "--timeout", "20"]),
     "rank 0 missing": ([1], 3, ["same", "--timeout", "6"]),
 }
 """Ranks that are started, of how many, and how."""
@@ -133,6 +142,16 @@ def test_ranks_that_do_not_come_are_named(jobs) -> None:
     assert (code, out) == (1, "")
     assert "error: rank 1: rank 0 does not answer at 127.0.0.1:" in err
     assert "see whether rank 0 started, and whether a firewall lies between" in err
+
+
+def test_a_rank_that_stops_in_a_collective_is_named(jobs) -> None:
+    """gloo itself gives up without a name."""
+    ((code, out, err),) = jobs["rank 1 stops"]
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "error: bandwidth: in all-reduce inside nodes rank 1 (n1) does not answer any more: stopped, or lost with the "
+        "node; see its output, nvidia-smi and dmesg there"
+    )
 
 
 @pytest.mark.parametrize(

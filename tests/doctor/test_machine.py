@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,37 @@ def test_no_gpu(built_for, driver: bool, state: str, words: str) -> None:
     (line,) = machine.gpu_lines([], built_for, driver)
     assert line.state == state
     assert words in line.found
+
+
+@pytest.mark.parametrize(
+    ("driver", "built_for", "state", "words"),
+    [
+        ((13, 0), "13.0", "ok", "runs CUDA up to 13.0, torch is for 13.0"),
+        ((13, 1), "12.8", "ok", "runs CUDA up to 13.1, torch is for 12.8"),
+        ((12, 4), "12.8", "warn", "update the driver to one for CUDA 12.8: kernels compiled at run time may not load"),
+        ((12, 8), "13.0", "fail", "add NVIDIA's cuda-compat-13-0, or install torch for CUDA 12"),
+        (None, None, "ok", "no driver, and torch is for CPUs"),
+        (None, "13.0", "ok", "no driver, and torch is for CUDA 13.0"),
+        ((12, 8), None, "ok", "runs CUDA 12.8, and torch is for CPUs"),
+    ],
+)
+def test_the_drivers_cuda_and_torchs(driver, built_for, state: str, words: str) -> None:
+    line = machine.cuda_line(driver, built_for)
+    assert line.state == state
+    assert words in str(line)
+
+
+def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuda.h has it: 1000 major + 10 minor, by a pointer."""
+
+    def say(pointer, code: int) -> int:
+        pointer._obj.value = 12080
+        return code
+
+    for code, expected in ((0, (12, 8)), (100, None)):
+        library = SimpleNamespace(cuDriverGetVersion=lambda pointer, code=code: say(pointer, code))
+        monkeypatch.setattr(machine.ctypes, "CDLL", lambda name, library=library: library)
+        assert machine.cuda_of_driver() == expected
 
 
 def test_nccl() -> None:

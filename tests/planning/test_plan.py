@@ -1,9 +1,11 @@
 """Memory and time react as they must; the search keeps the rules; what is refused is refused in train's words."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from megatron_riskpo.planning.pipeline import bubble_share, layers_of_chunk, mos
 from megatron_riskpo.planning.plan import Plan, make_plan
 from megatron_riskpo.planning.search import candidates, search
 from megatron_riskpo.planning.state_bytes import StateBytes
-from megatron_riskpo.planning.step_time import plan_time
+from megatron_riskpo.planning.step_time import StepTime, plan_time
 from megatron_riskpo.planning.workload import fullest_micro_batch, workload
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.plan_text import colocated_layout
@@ -71,13 +73,60 @@ def test_every_phase_is_there_and_adds_up(toml) -> None:
     assert 0 < plan.time.mfu < 1
 
 
-def sync_of(config: TrainConfig, world_size: int) -> tuple[float, dict[str, int]]:
-    """Seconds, and what the phase takes beside what lasts; of an actor without state."""
+def test_steps_ahead_take_the_longer_of_sampling_and_training(toml) -> None:
+    """Against steps played through."""
+    base, longer = config_of(toml, "--rollout.engine", "vllm", "--rollout.placement", "server"), set()
+    for ahead, (servers, prompts) in itertools.product((0, 1, 2), ((1, 40), (32, 4000))):
+        rollout = dataclasses.replace(base.rollout, servers=servers, max_staleness=ahead)
+        data = dataclasses.replace(base.data, prompts_per_step=prompts)
+        time = without_state(dataclasses.replace(base, rollout=rollout, data=data), 2)[0]
+        took = {name: phase.seconds for name, phase in time.phases.items()}
+        longer.add(took["rollout"] > took["logprobs"] + took["update"])
+        assert time.seconds == pytest.approx(played(took, ahead), rel=1e-9), (ahead, took)
+        assert bool(time.overlapped) == bool(ahead)
+    assert longer == {True, False}
+
+
+def played(took: Mapping[str, float], ahead: int) -> float:
+    """Seconds a step in the long run: the servers answer one step's questions after the other, and stand still in a
+    sync; the trainer asks for the next steps when it has graded one."""
+    now, ends, asked, waiting = 0.0, [], 0, []
+
+    def work(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        while waiting and seconds > 0:
+            done = min(seconds, waiting[0][1])
+            waiting[0][1], seconds = waiting[0][1] - done, seconds - done
+            if waiting[0][1] <= 0:
+                waiting.pop(0)
+
+    for step in range(1, 201):
+        waiting += [[later, took["rollout"]] for later in range(asked + 1, step + 1)]
+        asked = max(asked, step)
+        while waiting and waiting[0][0] <= step:
+            work(waiting[0][1])
+        work(took["reward"])
+        waiting += [[later, took["rollout"]] for later in range(asked + 1, step + ahead + 1)]
+        asked = max(asked, step + ahead)
+        work(took["logprobs"] + took["update"])
+        now += took["sync"]
+        ends.append(now)
+    return (ends[-1] - ends[99]) / 100
+
+
+def without_state(config: TrainConfig, world_size: int) -> tuple[StepTime, dict[str, dict[str, int]]]:
+    """Time, and phases of memory, of an actor without state."""
     state, passes = StateBytes(0, 0, 0, 0, 0), ActivationBytes(0, 0, (), {})
     engine = engine_bytes(config, MODEL, H100)
     marks = phases(config, MODEL, state, passes, engine)
     memory = RankMemory(0, 0, state, passes, engine, marks, host=0)
-    time = plan_time(config, MODEL, world_size, H100, workload(config, 1), memory)
+    return plan_time(config, MODEL, world_size, H100, workload(config, 1), memory), marks
+
+
+def sync_of(config: TrainConfig, world_size: int) -> tuple[float, dict[str, int]]:
+    """Seconds, and what the phase takes beside what lasts."""
+    time, marks = without_state(config, world_size)
     lasting = marks["rollout"]
     return time.phases["sync"].seconds, {k: v for k, v in marks["sync"].items() if k not in lasting}
 

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import psutil
@@ -28,8 +30,10 @@ INTERRUPTED = {
     "time_limit": (*ONE_RANK, "--signal=B:USR1@110"),
     "preempted": (*ONE_RANK, "--gpus-per-node=8", "--nodelist=n1"),
     "cancelled": ONE_RANK,
-    "failing": TWO_NODES,
 }
+STALL_LIMIT_S = 20
+FAILING = ("--checkpoint.every", "1", "--checkpoint.asynchronous", "false")
+FAILING += ("--run.stall_limit_s", str(STALL_LIMIT_S), "--bridge.timeout_s", "5")
 SWEEP = """
 # Two runs, one of them with an option that does not exist.
 --optimizer.lr 2e-3 --data.prompt_template "{problem} "
@@ -45,18 +49,23 @@ def jobs(cluster: Cluster) -> dict[str, Job]:
     write_files(folder)
     use_environment(cluster, folder)
     jobs = {name: _train(cluster, name, *options, hold=True) for name, options in INTERRUPTED.items()}
+    jobs["failing"] = _train(cluster, "failing", *TWO_NODES, hold=True, options_of_run=FAILING)
     jobs |= {"one_rank": _train(cluster, "one_rank", *ONE_RANK), **_sweep(cluster), **_chain(cluster)}
     jobs |= _unwarned(cluster)
-    _interrupt(jobs)
+    with ThreadPoolExecutor(1) as beside:
+        failed = beside.submit(_fail_twice, jobs["failing"])
+        _interrupt(jobs)
+        failed.result()
     return jobs
 
 
-def _train(cluster: Cluster, name: str, *options: str, hold: bool = False) -> Job:
+def _train(cluster: Cluster, name: str, *options: str, hold: bool = False, options_of_run: Sequence[str] = ()) -> Job:
     folder = cluster.folder.parent / name
     folder.mkdir()
     if hold:
         (folder / "hold").touch()
-    return cluster.submit(folder, *options, "--time=60", SCRIPTS / "train.sbatch", folder.parent / "run.toml")
+    run = (SCRIPTS / "train.sbatch", folder.parent / "run.toml", *options_of_run)
+    return cluster.submit(folder, *options, "--time=60", *run)
 
 
 def _sweep(cluster: Cluster) -> dict[str, Job]:
@@ -112,9 +121,6 @@ def _interrupt(jobs: dict[str, Job]) -> None:
     # One to two minutes from now, so that the warning is due; Slurm looks every 30 s.
     hours, minutes, _ = map(int, limited.shown("RunTime").split(":"))
     run("scontrol", "update", f"JobId={limited.id}", f"TimeLimit={60 * hours + minutes + 2}")
-    (rank,) = [process for process in psutil.process_iter() if _is_rank(process, jobs["failing"], 1)]
-    os.kill(rank.pid, signal.SIGKILL)
-    (jobs["failing"].folder / "killed").touch()
     told = [jobs[name] for name in ("cancelled", "signal", "preempted", "time_limit")]
     for job in told:
         job.wait_for(lambda job=job: phase(job) in ("saving", "stopping"))
@@ -123,6 +129,22 @@ def _interrupt(jobs: dict[str, Job]) -> None:
     for job in told:
         (job.folder / "hold").unlink()
     run("scontrol", "update", f"JobId={limited.id}", "TimeLimit=60")
+
+
+def _fail_twice(job: Job) -> None:
+    """Stop its rank 1, which has it requeued; then kill it."""
+    _signal_rank_1(job, signal.SIGSTOP)
+    job.wait_for((job.logs / "attempt_2").exists)
+    (job.folder / "held").unlink()
+    _signal_rank_1(job, signal.SIGKILL)
+
+
+def _signal_rank_1(job: Job, number: signal.Signals) -> None:
+    """Once it is in its second step; a file with the signal's name tells when."""
+    job.wait_for((job.folder / "held").exists)
+    (rank,) = [process for process in psutil.process_iter() if _is_rank(process, job, 1)]
+    os.kill(rank.pid, number)
+    (job.folder / number.name).touch()
 
 
 def _is_rank(process: psutil.Process, job: Job, rank: int) -> bool:
@@ -174,15 +196,26 @@ def test_without_a_warning_slurm_requeues_what_has_to_make_way(jobs: dict[str, J
     assert job.shown("Restarts") == "1"
 
 
+def test_a_stopped_rank_is_named_and_its_job_goes_on_from_the_checkpoint(jobs: dict[str, Job]) -> None:
+    job = jobs["failing"]
+    batch = log(job, 1, "batch")
+    assert f"no progress within run.stall_limit_s = {STALL_LIMIT_S} s: rank 1 (" in batch
+    assert "stopped by a signal (SIGSTOP); 1 of 2 ranks wait for it" in batch
+    (requeued,) = [line.split()[0] for line in batch.splitlines() if line.endswith(" requeued")]
+    stopped = (job.folder / "SIGSTOP").stat().st_mtime
+    assert datetime.fromisoformat(requeued).timestamp() - stopped < STALL_LIMIT_S + 10
+    assert "checkpoints/step_1 at step 1\n" in log(job, 2)
+
+
 def test_a_failing_rank_ends_the_job(jobs: dict[str, Job]) -> None:
     """Killed while the other one waits, and does not watch its connections."""
     job = jobs["failing"]
     job.end("FAILED")
     ended = datetime.fromisoformat(job.shown("EndTime")).timestamp()
-    assert ended - (job.folder / "killed").stat().st_mtime < 30
+    assert ended - (job.folder / "SIGKILL").stat().st_mtime < 30
     assert job.shown("ExitCode") == "137:0"
     assert phase(job) == "failed"
-    assert "rank 1 on n1: exit code 137\n" in log(job, 1, "batch")
+    assert "rank 1 on n1: exit code 137\n" in log(job, 2, "batch")
 
 
 def test_a_bad_line_of_a_sweep_marks_only_its_own_task(jobs: dict[str, Job]) -> None:

@@ -16,9 +16,11 @@ from tests.slurm.runs import ROOT, SCRIPTS, log, phase, use_environment
 from tests.test_slurm_command import MODEL
 
 RISKPO = """#!/bin/bash
-# Its arguments and place; then: `serve` announces itself and ends at TERM, `... bad ...` fails.
+# Its arguments and place; then: `serve` announces itself and ends at TERM, `... bad ...` fails,
+# `... stall ...` ends as by the watchdog.
 printf '%s\\n' "$SLURMD_NODENAME" "${CUDA_VISIBLE_DEVICES-}" "$@" >"$1.${SLURM_STEP_ID}_$SLURM_PROCID"
 [[ " $* " == *" bad "* ]] && exit 3
+[[ " $* " == *" stall "* ]] && echo "rank 1 lags" >"$RISKPO_STALLED_FILE" && exit 137
 trap 'echo ended >"ended.$SLURM_STEP_ID"; exit 0' TERM
 while [[ $1 == serve && $# -gt 1 ]]; do
     if [[ $2 == --endpoint ]]; then
@@ -108,10 +110,13 @@ def test_a_preflight_runs_before_the_training_and_can_end_the_job(submit: Submit
 
 def test_a_failed_job_is_tried_again_as_often_as_env_says(submit: Submit, tmp_path: Path) -> None:
     with (tmp_path / "env.sh").open("a") as env:
-        env.write("RETRIES=1\n")
-    job = submit(SCRIPTS / "train.sbatch", "bad")
+        env.write("RETRIES=1 STALL_RETRIES=0\n")
+    job, stalled = (submit(SCRIPTS / "train.sbatch", word) for word in ("bad", "stall"))
     job.end("FAILED")
     assert (job.shown("Restarts"), job.shown("ExitCode"), phase(job)) == ("1", "3:0", "failed")
+    stalled.end("FAILED")
+    assert (stalled.shown("Restarts"), stalled.shown("ExitCode"), phase(stalled)) == ("0", "137:0", "failed")
+    assert "\nrank 1 lags\n" in log(stalled, 1, "batch")
     assert ["rank 0 on n0: exit code 3\n" in log(job, attempt, "batch") for attempt in (1, 2)] == [True, True]
 
 
@@ -182,6 +187,29 @@ def test_what_follows_a_failed_training_is_taken_out_of_the_queue(
     evaluate.end("CANCELLED")
     assert train.shown("ExitCode") == "3:0"
     assert started(convert, "*.*_0")[0][2:] == ["train", "bad"]
+
+
+def test_a_chain_whose_later_job_is_refused_says_what_is_in_the_queue(
+    submit: Submit, cluster: Cluster, tmp_path: Path
+) -> None:
+    with (tmp_path / "env.sh").open("a") as env:
+        env.write("EVALUATE_OPTIONS=(--nodes=3)\n")
+    said = cluster.run(
+        SCRIPTS / "chain.sh", "runs/my", "x y.jsonl", "--time=5", "--begin=now+1hour", "--", "my.toml",
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    lines = said.splitlines()
+    assert "Node count specification invalid" in lines[-5] + lines[-4]
+    train, convert = lines[-3].removeprefix("in the queue is: train ").split(" convert ")
+    assert lines[-4:-1] == [
+        "error: the job to evaluate was refused, see above",
+        f"in the queue is: train {train} convert {convert}",
+        f"take it out (scancel {train} {convert}), or mend the options and submit what is left, beginning with:",
+    ]
+    assert f" --dependency=afterok:{convert} --kill-on-invalid-dep=yes --nodes=3 " in lines[-1]
+    assert "x\\ y.jsonl" in lines[-1]
+    assert [Job(cluster, tmp_path, id).state for id in (train, convert)] == ["PENDING", "PENDING"]
+    cluster.run("scancel", train, convert)
 
 
 def test_riskpo_slurm_submits_what_it_prints(

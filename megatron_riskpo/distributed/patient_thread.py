@@ -1,0 +1,61 @@
+"""Calls that may never return (a file system that hangs, a peer that is gone), on a thread: the caller's clock runs on.
+
+Imports no torch.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class PatientThread:
+    """Makes one call after another, in order. The thread ends with the process, in whatever call it is then."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._last: Future[Any] = Future()
+        self._last.set_result(None)
+        self._is_late = False
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was asked for is done."""
+        return self._last.done()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a call took longer than `patience_s`, and has not returned yet."""
+        return self._is_late and not self.is_idle
+
+    def begin(self, work: Callable[[], T]) -> "Future[T]":
+        """Have it called; nobody waits."""
+        self._last = Future()
+        self._work.put((work, self._last))
+        return self._last
+
+    def do(self, work: Callable[[], T], otherwise: T) -> T:
+        """What `work` returns; `otherwise` where that takes longer than `patience_s`, or an earlier call hangs."""
+        if self.hangs:
+            return otherwise
+        try:
+            return self.begin(work).result(self._patience_s)
+        except TimeoutError:
+            if self.is_idle:
+                # The call's own.
+                raise
+            self._is_late = True
+            return otherwise
+
+    def _run(self) -> None:
+        while True:
+            work, future = self._work.get()
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
