@@ -7,7 +7,6 @@ updates, and torch's profiler, which counts what the allocator hands out.
 import pytest
 import torch
 
-from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.config_io import load_model_config
 from megatron_riskpo.planning.activations import rank_activations
 from megatron_riskpo.planning.state_bytes import rank_state
@@ -55,15 +54,7 @@ def test_activations_within_a_tenth(num_ranks: int, name: str, measured) -> None
         )  # fmt: skip
         peak = measured[num_ranks, rank, name]["peak"]
         said = f"rank {rank}: {predicted.update} predicted, {peak} measured"
-        assert predicted.update < 1.1 * peak, said
-        if not frees_out_of_sight(layout):
-            assert predicted.update > 0.9 * peak, said
-
-
-def frees_out_of_sight(layout: ActorConfig) -> bool:
-    """Collectives within the passes: what gloo's threads free last the profiler does not see, so that its sum is too
-    high, by more the faster the machine is."""
-    return max(layout.tp, layout.cp, layout.ep) > 1
+        assert 0.9 * peak < predicted.update < 1.1 * peak, said
 
 
 def test_nothing_is_left_out_of_the_state(measured) -> None:
