@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_checks import max_sequence_length, too_few_questions
+from megatron_riskpo.config_batches import too_few_questions
+from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.config_io import resolved, write_run_record
 from megatron_riskpo.data.mixture import MixedStream, make_stream
 from megatron_riskpo.data.overlap import without_overlap
