@@ -7,8 +7,9 @@ from megatron_riskpo.errors import UsageError
 
 
 def read_sweep(file: Path) -> list[list[str]]:
-    """The words of each line that is neither empty nor a comment (#), as slurm/sweep.sbatch reads them: split at
-    spaces, quotes keep words together, nothing is expanded. Raises UsageError."""
+    """The words of each line that is neither empty nor a comment (#), as slurm/sweep.sbatch has xargs read them: split
+    at spaces, quotes keep words together, a backslash within them is one like any other character, nothing is
+    expanded. Raises UsageError."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -17,20 +18,12 @@ def read_sweep(file: Path) -> list[list[str]]:
     if not lines:
         raise UsageError(f"--sweep {file} has no line of options; write one a run, for example --optimizer.lr 1e-6")
     try:
-        words = [shlex.split(line) for line in lines]
-        for line, as_python in zip(lines, words, strict=True):
-            if as_python != _as_xargs(line):
-                raise UsageError(
-                    f"--sweep {file}: a backslash within double quotes is read in more than one way; "
-                    f"take single quotes: {line}"
-                )
+        return [_words(line) for line in lines]
     except ValueError as error:
         raise UsageError(f"--sweep {file}: {error}; close the quotes") from error
-    return words
 
 
-def _as_xargs(line: str) -> list[str]:
-    """The words as sweep.sbatch has them: a backslash within quotes is one like any other character."""
+def _words(line: str) -> list[str]:
     lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters, lexer.escapedquotes = True, "", ""
     return list(lexer)

@@ -29,16 +29,20 @@ def test_words_are_split_and_kept_together(tmp_path: Path) -> None:
     assert read_sweep(file) == [["--optimizer.lr", "1e-6"], ["--run.name", "a b", "--data.train", "$HOME/`x`"]]
 
 
-def test_what_python_and_xargs_read_in_two_ways_is_refused(tmp_path):
+LINES = (
+    r'--data.prompt_template "{problem} \\boxed"',
+    r"--data.prompt_template '{problem} \\boxed{}'",
+    r"""--run.name a\ b "it's" '"' "" c""",
+    "--run.name a#b # --x",
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_is_read_as_the_job_reads_it(line: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text('--data.prompt_template "{problem} \\\\boxed"\n')
-    with pytest.raises(UsageError, match="a backslash within double quotes is read in more than one way; take single"):
-        read_sweep(file)
-    file.write_text("--data.prompt_template '{problem} \\\\boxed'\n")
-    expected = ["--data.prompt_template", r"{problem} \\boxed"]
-    assert read_sweep(file) == [expected]
-    by_xargs = subprocess.run(["xargs", "printf", "%s\n"], input=file.read_text(), capture_output=True, text=True)
-    assert by_xargs.stdout.splitlines() == expected
+    file.write_text(line + "\n")
+    by_xargs = subprocess.run(["xargs", "printf", "%s\n"], input=line, capture_output=True, text=True, check=True)
+    assert read_sweep(file) == [by_xargs.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
