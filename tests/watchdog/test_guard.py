@@ -57,9 +57,13 @@ def hold_the_lock():
 
 
 LATE = """
-watchdog.enter("rollout")
 if rank == {late}:
+    watchdog.enter("rollout")
     stand_still()
+# A rank may start seconds later than the other.
+while not os.path.exists(folder + "/stopped"):
+    watchdog.enter("rollout")
+    time.sleep(0.05)
 watchdog.enter("reward")
 time.sleep(100)
 """

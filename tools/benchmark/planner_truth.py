@@ -3,7 +3,8 @@
     python tools/benchmark/planner_truth.py [--only WORD] [--json]
 
 They let the rollout engine sleep while they train, so only what the actor takes is compared: state, activations of the
-fullest micro-batch, the context of CUDA and NCCL, and the whole logits, which theirs makes and this project's does not.
+fullest micro-batch, the context of CUDA and NCCL. Two things are taken as they have them: whole logits, which this
+project does not make, and the width of gradient buffers.
 Facts are their sources' own; the layout is put into this project's options as close as they go.
 """
 
@@ -51,6 +52,8 @@ class Published:
     note: str = ""
     whole_logits: bool = True
     """Whether its trainer makes them."""
+    gradient_bytes: int = 4
+    """An element of its gradient buffers; this project's are float32."""
 
 
 LOGITS_BYTES = 2 + 4 + 4
@@ -80,7 +83,7 @@ RUNS = (
     Published(
         "Megatron-Bridge pull request 3880; layout of its H100 recipe", "Qwen3-30B-A3B", 16, GPUS["h100"],
         {"pp": 2, "vp": 24, "ep": 8}, 4096, "runs", peak_gb=61.35,
-        note="pre-training; its optimizer may keep moments in 16 bits",
+        note="pre-training; its optimizer may keep moments in 16 bits", gradient_bytes=2,
     ),
     Published(
         "verl documentation, perf/dpsk, the least for Qwen3-235B", "Qwen3-235B-A22B", 32, H20,
@@ -117,19 +120,25 @@ RUNS = (
         "SkyRL pull request 368", "Qwen3-30B-A3B", 16, GPUS["h100"],
         {"tp": 4, "pp": 2, "ep": 8, "recompute": "full"}, 6144, "runs",
     ),
-    Published(f"{BRIDGE}, pre-training", "Llama-3.1-8B-Instruct", 8, GPUS["h100"], {"cp": 2}, 4096, "runs", step=LONG),
+    Published(
+        f"{BRIDGE}, pre-training", "Llama-3.1-8B-Instruct", 8, GPUS["h100"], {"cp": 2}, 4096, "runs", step=LONG,
+        gradient_bytes=2,
+    ),
     Published(
         f"{BRIDGE}, pre-training", "Llama-3.3-70B-Instruct", 64, GPUS["h100"],
-        {"tp": 4, "pp": 4, "cp": 2, "vp": 5}, 4096, "runs", step=LONG,
+        {"tp": 4, "pp": 4, "cp": 2, "vp": 5}, 4096, "runs", step=LONG, gradient_bytes=2,
     ),
-    Published(f"{BRIDGE}, SFT", "Llama-3.3-70B-Instruct", 32, GPUS["h100"], {"tp": 4, "pp": 4, "vp": 5}, 4096, "runs"),
+    Published(
+        f"{BRIDGE}, SFT", "Llama-3.3-70B-Instruct", 32, GPUS["h100"], {"tp": 4, "pp": 4, "vp": 5}, 4096, "runs",
+        gradient_bytes=2,
+    ),
     Published(
         "Megatron-Bridge pull request 3107", "Llama-3.3-70B-Instruct", 32, GPUS["h100"], {"tp": 4, "pp": 4, "vp": 5},
-        4096, "out of memory", note="in 30 to 60 % of its runs; in FP8, here in bfloat16",
+        4096, "out of memory", note="in 30 to 60 % of its runs; in FP8, here in bfloat16", gradient_bytes=2,
     ),
     Published(
         "Megatron-Bridge pull request 3107", "Llama-3.3-70B-Instruct", 32, GPUS["h100"], {"tp": 4, "pp": 4, "vp": 10},
-        4096, "runs", note="in FP8, here in bfloat16",
+        4096, "runs", note="in FP8, here in bfloat16", gradient_bytes=2,
     ),
     Published(
         "NeMo RL issue 903", "Qwen2.5-1.5B-Instruct", 512, GPUS["h100"], {"cp": 2}, 16384, "out of memory",
@@ -174,12 +183,14 @@ def plan_of(run: Published) -> Plan:
 
 def peak_bytes(run: Published, plan: Plan) -> float:
     """Of the actor on the rank that holds most, with what its trainer makes besides."""
+    saved = 1 - run.gradient_bytes / 4
     vocabulary = read_model_config(MODELS / run.model / "config.json")["vocab_size"] // run.actor.get("tp", 1)
     logits = LOGITS_BYTES * run.tokens * vocabulary if run.whole_logits else 0
     last = plan.memory[-1]
     return max(
         sum(size for name, size in phase.items() if name != "engine")
         + (logits if rank is last and "activations" in phase else 0)
+        - saved * phase["gradients"]
         for rank in plan.memory
         for phase in rank.phases.values()
     )
