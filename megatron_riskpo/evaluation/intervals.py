@@ -4,9 +4,11 @@ All columns of a table are resampled together, so that metrics of one evaluation
 questions, are paired. The resamples depend on the number of questions only: the same table gives the same interval.
 
 Which bootstrap: docs/evaluation.md has the measured coverage. With few questions the plain percentile interval of a
-share covers the truth too rarely near 0 and 1: where all questions have one value it is a single point.
+share covers the truth too rarely near 0 and 1: where all questions have one value it is a single point. Each of the
+three has its own remedy.
 """
 
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -24,17 +26,19 @@ Table = NDArray[np.float64]
 def share_intervals(values: Table) -> Table:
     """[num_columns, 2]: low and high of the mean of each column, for values in [0, 1] [num_questions, num_columns].
 
-    The percentile bootstrap over the questions and two more, of values 0 and 1 (the bootstrap's form of what Agresti
-    and Coull do for a proportion, The American Statistician 52, 1998): with q questions that are all solved it is
-    about [1 - 3 / q, 1] and no point.
+    The Bayesian bootstrap (Rubin, The Annals of Statistics 9, 1981), with half a question of value 0 and half a one of
+    value 1 beside those that were asked. Where all values are 0 or 1 this is Jeffreys' interval of a proportion (Brown,
+    Cai and DasGupta, Statistical Science 16, 2001): with q questions that are all solved about [1 - 2.5 / q, 1].
     """
-    return _with_two_more(values, 0.0, 1.0)
+    return _percentiles(bayesian_means(values), (1 - LEVEL) / 2)
 
 
 def difference_intervals(differences: Table) -> Table:
-    """The same for differences in [-1, 1] between two shares of the same question; the two more are -1/2 and 1/2 (for
-    matched pairs: Agresti and Min, Statistics in Medicine 24, 2005)."""
-    return _with_two_more(differences, -0.5, 0.5)
+    """The same for differences in [-1, 1] between two shares of the same question: the percentile bootstrap over the
+    questions and two more, of differences -1/2 and 1/2 (for matched pairs: Agresti and Min, Statistics in Medicine 24,
+    2005)."""
+    more = np.array([[-0.5], [0.5]]).repeat(differences.shape[1], axis=1)
+    return _percentiles(bootstrap_means(np.vstack([differences, more])), (1 - LEVEL) / 2)
 
 
 def mean_intervals(values: Table) -> Table:
@@ -51,13 +55,27 @@ def mean_intervals(values: Table) -> Table:
 def bootstrap_means(values: Table) -> Table:
     """[NUM_RESAMPLES, num_columns]: column means of as many questions, drawn with replacement from the table's rows."""
     num = len(values)
+    even = np.full(num, 1 / num)
+    return np.vstack([generator.multinomial(num, even, size=size) @ values for generator, size in _blocks(num)]) / num
+
+
+def bayesian_means(values: Table) -> Table:
+    """The same with weights drawn for the questions: Dirichlet, 1 each and 1/2 for a value of 0 and for one of 1."""
+    means = []
+    for generator, size in _blocks(len(values)):
+        weights = generator.standard_exponential((size, len(values)))
+        zero, one = generator.gamma(0.5, size=(2, size, 1))
+        means.append((weights @ values + one) / (weights.sum(axis=1, keepdims=True) + zero + one))
+    return np.vstack(means)
+
+
+def _blocks(num: int) -> Iterator[tuple[np.random.Generator, int]]:
+    """The generator, and how many of the NUM_RESAMPLES to draw at a time: 128 MiB of weights."""
     if num == 0:
         raise UsageError("there is no question to make an interval of")
     generator = np.random.default_rng([RESAMPLING_SEED, num])
-    block = max(1, 2**24 // num)  # 128 MiB of counts at a time
-    sizes = [min(block, NUM_RESAMPLES - start) for start in range(0, NUM_RESAMPLES, block)]
-    counts = (generator.multinomial(num, np.full(num, 1 / num), size=size) for size in sizes)
-    return np.vstack([drawn @ values for drawn in counts]) / num
+    block = max(1, 2**24 // num)
+    return ((generator, min(block, NUM_RESAMPLES - start)) for start in range(0, NUM_RESAMPLES, block))
 
 
 def student_quantile(probability: float, degrees: int) -> float:
@@ -71,11 +89,6 @@ def student_quantile(probability: float, degrees: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / degrees ** (power + 1) for power, term in enumerate(terms))
-
-
-def _with_two_more(values: Table, low: float, high: float) -> Table:
-    more = np.array([[low], [high]]).repeat(values.shape[1], axis=1)
-    return _percentiles(bootstrap_means(np.vstack([values, more])), (1 - LEVEL) / 2)
 
 
 def _percentiles(means: Table, tail: float) -> Table:

@@ -4,11 +4,14 @@ The truth is the expected pass@k over all questions of a kind. pass rates of que
 of two models on one question are correlated.
 """
 
+from math import comb
+
 import numpy as np
 import pytest
 
 from megatron_riskpo.evaluation.intervals import (
     NUM_RESAMPLES,
+    bayesian_means,
     bootstrap_means,
     difference_intervals,
     mean_intervals,
@@ -35,20 +38,38 @@ def coverage(intervals: np.ndarray, truth: float) -> float:
     return float(((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])).mean())
 
 
-SPREAD, HARD, VERY_HARD, EASY = (0.5, 0.5), (1.0, 3.0), (0.2, 1.8), (3.0, 1.5)
+SPREAD, HARD, VERY_HARD, EASY, VERY_EASY = (0.5, 0.5), (1.0, 3.0), (0.2, 1.8), (3.0, 1.5), (9.0, 1.0)
 """Beta distributions of the questions' pass rates."""
+# Shares that are so few different numbers, or so near 1, that coverage comes in steps: see below.
+IN_STEPS = [(30, VERY_EASY, (1, 1)), (100, EASY, (8, 8)), *((num, VERY_EASY, (8, 8)) for num in (30, 100, 500))]
 CASES = [
-    *((num, kind, asked) for num in (30, 100, 500) for kind in (SPREAD, HARD) for asked in ((1, 1), (8, 1), (8, 8))),
-    *((num, VERY_HARD, asked) for num in (100, 500) for asked in ((1, 1), (8, 1), (8, 8))),
-    *((num, EASY, asked) for num in (100, 500) for asked in ((1, 1), (8, 1))),
+    case
+    for num in (30, 100, 500)
+    for kind in (SPREAD, HARD, VERY_HARD, EASY, VERY_EASY)
+    for asked in ((1, 1), (8, 1), (8, 8))
+    if (case := (num, kind, asked)) not in IN_STEPS
 ]
+
+
+def truth_of(kind: tuple[float, float], k: int) -> float:
+    """Expected pass@k: 1 - E[(1 - rate)^k], a product of the beta distribution's moments."""
+    a, b = kind
+    return 1 - float(np.prod([(b + i) / (a + b + i) for i in range(k)]))
 
 
 def share_coverage(num_questions: int, kind: tuple[float, float], asked: tuple[int, int]) -> float:
     generator = np.random.default_rng([num_questions, *asked])
-    truth = expected_pass_at_k(generator.beta(*kind, NUM_TRUTH), asked[1])
     rates = generator.beta(*kind, (num_questions, NUM_EVALUATIONS))
-    return coverage(share_intervals(observed(rates, *asked, generator)), truth)
+    return coverage(share_intervals(observed(rates, *asked, generator)), truth_of(kind, asked[1]))
+
+
+def exact_coverage(num_questions: int, share: float) -> float:
+    """Where a question counts 0 or 1: the sum over all numbers of solved questions."""
+    solved = np.arange(num_questions + 1)
+    columns = (np.arange(num_questions)[:, None] < solved).astype(float)
+    holds = [low <= share <= high for low, high in share_intervals(columns)]
+    chances = [comb(num_questions, s) * share**s * (1 - share) ** (num_questions - s) for s in solved.tolist()]
+    return float(np.dot(holds, chances))
 
 
 @pytest.mark.parametrize(("num_questions", "kind", "asked"), CASES)
@@ -56,8 +77,14 @@ def test_share_intervals_cover_the_truth(num_questions: int, kind: tuple[float, 
     assert 0.93 <= share_coverage(num_questions, kind, asked) <= 0.97
 
 
-def test_intervals_of_nearly_saturated_shares_are_too_wide_and_not_too_narrow():
-    assert share_coverage(30, EASY, (8, 8)) > 0.97
+@pytest.mark.parametrize(("num_questions", "kind", "asked"), IN_STEPS)
+def test_where_coverage_comes_in_steps_it_is_the_sum_over_all_outcomes(
+    num_questions: int, kind: tuple[float, float], asked: tuple[int, int]
+):
+    """Not simulated only: 2,000 evaluations know a coverage to a point."""
+    exact = exact_coverage(num_questions, truth_of(kind, asked[1]))
+    assert share_coverage(num_questions, kind, asked) == pytest.approx(exact, abs=0.015)
+    assert exact >= 0.93
 
 
 @pytest.mark.parametrize("num_questions", [30, 100, 500])
@@ -83,11 +110,30 @@ def test_mean_intervals_cover_the_truth(num_questions: int):
     assert 0.93 <= coverage(mean_intervals(lengths), 400.0) <= 0.97
 
 
+@pytest.mark.parametrize("num_solved", [0, 1, 4, 15, 27, 30])
+def test_of_right_and_wrong_it_is_jeffreys_interval(num_solved: int):
+    values = (np.arange(30) < num_solved).astype(float)[:, None]
+    posterior = np.random.default_rng(0).beta(num_solved + 0.5, 30.5 - num_solved, 1_000_000)
+    # As far as 2,000 resamples know their own quantiles.
+    assert share_intervals(values)[0] == pytest.approx(np.quantile(posterior, (0.025, 0.975)), abs=0.012)
+
+
 def test_an_interval_of_equal_values_is_no_point():
     (low, high), *_ = share_intervals(np.ones((30, 1)))
-    assert low == pytest.approx(1 - 3 / 32, abs=0.04)
-    assert high == 1.0
-    assert share_intervals(np.zeros((30, 1)))[0].tolist() == pytest.approx([0.0, 1 - low], abs=0.02)
+    assert low == pytest.approx(1 - 2.5 / 30, abs=0.01)
+    assert high == pytest.approx(1.0, abs=1e-3)
+
+
+def test_bayesian_means_are_those_of_a_plain_loop():
+    values = np.random.default_rng(0).random((12, 2))
+    generator = np.random.default_rng([95, 12])
+    weights = generator.standard_exponential((NUM_RESAMPLES, 12))
+    zeros, ones = generator.gamma(0.5, size=(2, NUM_RESAMPLES))
+    means = bayesian_means(values)
+    for resample in (0, NUM_RESAMPLES - 1):
+        pairs = [*zip(weights[resample], values, strict=True), (zeros[resample], 0.0), (ones[resample], 1.0)]
+        expected = sum(weight * value for weight, value in pairs) / sum(weight for weight, _ in pairs)
+        assert means[resample] == pytest.approx(expected)
 
 
 def test_bootstrap_means_are_those_of_a_plain_loop_and_columns_are_paired():
