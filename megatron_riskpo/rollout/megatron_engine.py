@@ -5,7 +5,7 @@ on longer prompts are fed token by token while shorter ones already sample. So e
 tokens in the cache, which is all that Megatron's static context can hold, and no result depends on the batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rollout.cached_decoder import CachedDecoder, decoding_form
 from megatron_riskpo.rollout.prompt_checks import check_prompts
-from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of, tell_share
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.sampling import choose_tokens, response_uniforms
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 
@@ -66,22 +66,34 @@ class MegatronEngine:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],
         on_finished: OnFinished | None = None,
     ) -> Rollouts:  # fmt: skip
-        """See RolloutEngine. Prompts are dealt to the data-parallel ranks in contiguous slices; responses are told of
-        together at the end."""
+        """See RolloutEngine. Prompts are dealt to the data-parallel ranks in contiguous slices."""
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         vocab_size = self._model.real_vocab_size
         check_prompts(prompts, sampling.max_response_tokens, self._max_sequence_length, vocab_size)
         mine = slice_of(len(prompts), self._grid.dp.size(), self._grid.dp.rank())
         with decoding_form(self._model):
-            local = self._respond(prompts[mine], sampling, seeds[mine])
+            tell = self._teller(on_finished, mine.start * sampling.group_size)
+            local = self._respond(prompts[mine], sampling, seeds[mine], tell)
         # Every rank of a model replica holds `local`, so the data-parallel group alone carries all of it.
         responses = gather_responses(local, len(prompts), sampling.group_size, tp=1, group=self._grid.dp)
-        rollouts = join_prompts(prompts, sampling.group_size, responses)
-        tell_share(rollouts, self._grid.world, on_finished)
-        return rollouts
+        return join_prompts(prompts, sampling.group_size, responses)
 
-    def _respond(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> Responses:
+    def _teller(self, on_finished: OnFinished | None, first_row: int) -> OnFinished:
+        """Takes the place of `on_finished` for this replica's responses, numbered from 0, of which `first_row` is the
+        batch's first: all of its ranks see each, and take turns."""
+        tp, cp, pp = self._grid.tp, self._grid.cp, self._grid.pp
+        turn, num_turns = (pp.rank() * cp.size() + cp.rank()) * tp.size() + tp.rank(), tp.size() * cp.size() * pp.size()
+
+        def tell(row: int, tokens: Sequence[int]) -> None:
+            if on_finished is not None and row % num_turns == turn:
+                on_finished(first_row + row, tokens)
+
+        return tell
+
+    def _respond(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], tell: OnFinished
+    ) -> Responses:
         """This replica's responses; row p*G+g is response g to prompt p."""
         uniforms = response_uniforms(seeds, sampling.group_size, sampling.max_response_tokens)
         lengths = [len(prompt) for prompt in prompts for _ in range(sampling.group_size)]
@@ -89,13 +101,14 @@ class MegatronEngine:
         order: list[int] = []
         for rows in plan_batches(lengths, self._max_num_seqs, sampling.max_response_tokens):
             batch = DecodingBatch([prompts[row // sampling.group_size] for row in rows], uniforms[rows], sampling)
-            self._decode(batch, [row // sampling.group_size for row in rows])
+            for index in self._decode(batch, [row // sampling.group_size for row in rows]):
+                tell(rows[index], batch.response(index))
             parts.append(batch.responses(self._weight_version))
             order.extend(rows)
         return _in_row_order(parts, order)
 
-    def _decode(self, batch: "DecodingBatch", prompt_of_row: Sequence[int]) -> None:
-        """Run the batch to its end. Rows of one prompt share its prefill."""
+    def _decode(self, batch: "DecodingBatch", prompt_of_row: Sequence[int]) -> Iterator[int]:
+        """Run the batch to its end; each row as soon as it is done. Rows of one prompt share its prefill."""
         device = self._grid.device
         _, first_row, prompt_index = np.unique(prompt_of_row, return_index=True, return_inverse=True)
         decoder = CachedDecoder(self._model, self._grid, len(first_row), batch.max_length)
@@ -104,7 +117,7 @@ class MegatronEngine:
         decoder.select(rows)
         logits = logits[rows] if logits is not None else None
         while True:
-            batch.append(*self._choose(logits, batch.uniforms(), batch.temperature))
+            yield from batch.append(*self._choose(logits, batch.uniforms(), batch.temperature))
             if batch.done.all():
                 return
             kept = batch.compact()
@@ -176,8 +189,9 @@ class DecodingBatch:
         offsets = (self.position - self._prompt_lengths[self._cached]).clip(0, self._max_response - 1)
         return self._uniforms[self._cached, offsets]
 
-    def append(self, ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> None:
-        """The next token of each cached row; it is dropped where the prompt goes on or the row is done."""
+    def append(self, ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> list[int]:
+        """The next token of each cached row; it is dropped where the prompt goes on or the row is done. The rows that
+        are done with it."""
         offsets = self.position - self._prompt_lengths[self._cached]
         takes = (offsets >= 0) & ~self.done[self._cached]
         rows, offsets, ids = self._cached[takes], offsets[takes], ids[takes]
@@ -187,6 +201,12 @@ class DecodingBatch:
         self._finished[rows] = np.isin(ids, self._stop_ids)
         self.done[rows] = self._finished[rows] | (offsets + 1 == self._max_response)
         self.position += 1
+        return rows[self.done[rows]].tolist()
+
+    def response(self, row: int) -> list[int]:
+        """Tokens of a row's response, as far as it has come."""
+        start = self._prompt_lengths[row]
+        return self.tokens[row, start : start + self._response_lengths[row]].tolist()
 
     def compact(self) -> NDArray[np.int64] | None:
         """Drop done rows if they are many: the cache entries to keep, or None to leave the cache as it is."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_riskpo.rollout.types import OnFinished, Rollouts
+from megatron_riskpo.rollout.types import Rollouts
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,6 @@ def _gather_messages(message: Tensor, group: ProcessGroup) -> list[Tensor]:
     buffers = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(buffers, padded, group=group)
     return [buffer[:length].cpu() for buffer, length in zip(buffers, lengths, strict=True)]
-
-
-def tell_share(rollouts: Rollouts, group: ProcessGroup, on_finished: OnFinished | None) -> None:
-    """Tell of every response on one rank of the group, for an engine that has them all at the same time."""
-    if on_finished is not None:
-        responses = rollouts.responses()
-        for row in range(group.rank(), rollouts.num_sequences, group.size()):
-            on_finished(row, responses[row].tolist())
 
 
 def join_prompts(prompts: Sequence[Sequence[int]], group_size: int, responses: Responses) -> Rollouts:

@@ -1,8 +1,7 @@
 """A model as servers hold it, asked and never changed: what `riskpo evaluate --server` samples from."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,12 +9,13 @@ from torch.distributed import ProcessGroup
 
 from megatron_riskpo.config import ServerConfig
 from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.rollout.asked import ask, outcomes
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
 from megatron_riskpo.rollout.server_engine import open_session, to_responses
-from megatron_riskpo.rollout.server_pool import NoServersError, Response, ServerPool, responses_to
+from megatron_riskpo.rollout.server_pool import NoServersError, ServerPool, responses_to
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 
 _OWN_WEIGHTS = "default"
@@ -76,32 +76,22 @@ class ServedModel:
         mine = slice_of(len(prompts), self._group.size(), self._group.rank())
         responses = responses_to(prompts[mine], sampling, seeds[mine], version=-1)
         failure = ""
-        for row in self._finished(responses, sampling):
-            if isinstance(row, str):
-                failure = failure or row
+        for row, error in outcomes(ask(self._loop, self._pool, responses, range(len(responses)), sampling)):
+            if error is not None:
+                failure = failure or self._reason(error)
             elif on_finished is not None:
                 on_finished(mine.start * sampling.group_size + row, responses[row].tokens)
         self._agree_on(failure)
         gathered = gather_responses(to_responses(responses), len(prompts), sampling.group_size, 1, self._group)
         return join_prompts(prompts, sampling.group_size, gathered)
 
-    def _finished(self, responses: Sequence[Response], sampling: SamplingConfig) -> Iterator[int | str]:
-        """The index of each response as soon as it is finished, or why it is not."""
-        rows: dict[Future[None], int] = {}
-        for row, response in enumerate(responses):
-            rows[self._loop.submit(self._pool.complete(response, sampling))] = row
-        for future in as_completed(rows):
-            try:
-                future.result()
-                yield rows[future]
-            except NoServersError:
-                reasons = [server.reason for server in self._pool.servers if server.reason]
-                yield f"no server is left: {'; '.join(reasons)}"
-            except RunError as error:
-                yield str(error)
+    def _reason(self, error: RunError | NoServersError) -> str:
+        if isinstance(error, RunError):
+            return str(error)
+        return f"no server is left: {'; '.join(server.reason for server in self._pool.servers if server.reason)}"
 
     def _agree_on(self, failure: str) -> None:
-        """Raise the first rank's failure on every rank; collective."""
+        """Raise the first failing rank's failure on every rank; collective."""
         failures = [""] * self._group.size()
         dist.all_gather_object(failures, failure, group=self._group)
         found = next((own for own in failures if own), "")

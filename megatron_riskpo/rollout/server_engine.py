@@ -7,7 +7,6 @@ start of server processes, are the calling thread's.
 import contextlib
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
 from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
+from megatron_riskpo.rollout.asked import Asked, ask, outcomes
 from megatron_riskpo.rollout.carried import go_on_from, packed
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.prompt_checks import check_prompts
-from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of, tell_share
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
 from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
 from megatron_riskpo.rollout.server_pool import Response, ServerPool, responses_to
@@ -48,8 +48,8 @@ class PendingRollouts:
     sampling: SamplingConfig
     responses: list[Response]
     """This rank's."""
-    future: "Future[list[str]]"
-    """Errors that end the run; of those that no server could finish there is none."""
+    asked: Asked
+    """Those of them that are waited for."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class ServerEngine:
         responses = responses_to(prompts[mine], sampling, seeds[mine], self._weight_version)
         if begun is not None and (anew := len(responses) - go_on_from(begun, responses)):
             self._log(f"{anew} of {len(responses)} responses under way begin anew: they were asked otherwise")
-        future = self._loop.submit(self._pool.complete_all(responses, sampling))
-        return PendingRollouts([list(prompt) for prompt in prompts], sampling, responses, future)
+        asked = ask(self._loop, self._pool, responses, range(len(responses)), sampling)
+        return PendingRollouts([list(prompt) for prompt in prompts], sampling, responses, asked)
 
     def under_way(self, pending: PendingRollouts) -> dict[str, Any]:
         """What has come so far of this rank's responses. What a server samples at this moment is not in it."""
@@ -172,35 +172,46 @@ class ServerEngine:
         return self._loop.run(copied())
 
     def collect(self, pending: PendingRollouts, on_finished: OnFinished | None = None) -> Rollouts:
-        """The rollouts, whole on every rank; `on_finished` is told of all together. Collective. Servers that fail
-        meanwhile are started again and given the weights again, where no other can take over. Raises RunError, on every
-        rank, where that does not help."""
+        """The rollouts, whole on every rank; the rank that asked for a response tells `on_finished` of it as soon as it
+        is there. Collective. Servers that fail meanwhile are started again and given the weights again, where no other
+        can take over. Raises RunError, on every rank, where that does not help."""
         for _ in range(1 + self._config.server.max_restarts):
-            self._finish_local(pending)
-            unfinished = self._settle(pending)
+            errors = self._finish_local(pending, on_finished)
+            unfinished = self._settle(pending, errors)
             if not unfinished:
                 local = to_responses(pending.responses)
                 gathered = gather_responses(local, len(pending.prompts), pending.sampling.group_size, 1, self._group)
-                rollouts = join_prompts(pending.prompts, pending.sampling.group_size, gathered)
-                tell_share(rollouts, self._group, on_finished)
-                return rollouts
+                return join_prompts(pending.prompts, pending.sampling.group_size, gathered)
             self.update_weights(self._export(), self._weight_version)
         raise RunError(
             f"{unfinished} responses could not be sampled, with {self._config.server.max_restarts} restarts of the "
             f"servers ({self._reasons()})"
         )
 
-    def _finish_local(self, pending: PendingRollouts) -> None:
-        """Wait; what servers that failed before left undone is asked for once more."""
-        pending.future.result()
-        if any(not response.reason for response in pending.responses) and self._pool.usable:
-            pending.future = self._loop.submit(self._pool.complete_all(pending.responses, pending.sampling))
-            pending.future.result()
+    def _finish_local(self, pending: PendingRollouts, on_finished: OnFinished | None) -> list[str]:
+        """Wait; what servers that failed before left undone is asked for once more. The errors that end the run."""
+        errors = self._wait(pending, on_finished)
+        left = [row for row, response in enumerate(pending.responses) if not response.reason]
+        if left and self._pool.usable:
+            pending.asked = ask(self._loop, self._pool, pending.responses, left, pending.sampling)
+            errors = self._wait(pending, on_finished)
+        return errors
 
-    def _settle(self, pending: PendingRollouts) -> int:
+    def _wait(self, pending: PendingRollouts, on_finished: OnFinished | None) -> list[str]:
+        """Until nothing is asked any more; of responses that no server could finish there is no error."""
+        first = slice_of(len(pending.prompts), self._group.size(), self._group.rank()).start
+        errors = []
+        for row, failure in outcomes(pending.asked):
+            if isinstance(failure, RunError):
+                errors.append(str(failure))
+            elif failure is None and on_finished is not None:
+                on_finished(first * pending.sampling.group_size + row, pending.responses[row].tokens)
+        pending.asked = {}
+        return errors
+
+    def _settle(self, pending: PendingRollouts, errors: Sequence[str]) -> int:
         """Bring the ranks to one view: who failed for one is used by none. The number of unfinished responses over all
         ranks; RunError, on every rank, for an error of any."""
-        errors = pending.future.result()
         unfinished = sum(not response.reason for response in pending.responses)
         usable = [server.client.url for server in self._pool.usable]
         views: list[Any] = [None] * self._group.size()

@@ -146,15 +146,6 @@ class ServerPool:
             if server.client.url in urls:
                 self.give_up(server, f"{server.client.url} failed for another rank")
 
-    async def complete_all(self, responses: Sequence[Response], sampling: SamplingConfig) -> list[str]:
-        """`complete` for each; the errors that end the run. Responses that no server could finish are left as is."""
-        results = await asyncio.gather(*(self.complete(r, sampling) for r in responses), return_exceptions=True)
-        failures = [result for result in results if isinstance(result, BaseException)]
-        for failure in failures:
-            if not isinstance(failure, (RunError, NoServersError)):
-                raise failure
-        return [str(failure) for failure in failures if isinstance(failure, RunError)]
-
     def give_up(self, server: Server, reason: str) -> None:
         """Use a server no more, and say why."""
         if server.usable:

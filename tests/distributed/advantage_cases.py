@@ -11,8 +11,7 @@ from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.reference import Reference
 from megatron_riskpo.rewards.scoring import Rewards, Scoring
-from megatron_riskpo.rollout.replicas import tell_share
-from megatron_riskpo.rollout.types import Rollouts
+from megatron_riskpo.rollout.types import OnFinished, Rollouts
 
 NUM_PROMPTS, GROUP_SIZE = 12, 8
 REFERENCES = [Reference("1")] * NUM_PROMPTS
@@ -40,6 +39,13 @@ def rollouts_that_earn(rewards: torch.Tensor) -> Rollouts:
     ones = torch.ones(responses.numel(), dtype=torch.long)
     tokens = torch.stack([7 * ones, responses], dim=1).flatten()
     return Rollouts(tokens, ones, ones, torch.zeros(responses.numel()), ones.bool())
+
+
+def tell_share(rollouts: Rollouts, world: dist.ProcessGroup, on_finished: OnFinished) -> None:
+    """Tell of every response on one rank."""
+    responses = rollouts.responses()
+    for row in range(world.rank(), rollouts.num_sequences, world.size()):
+        on_finished(row, responses[row].tolist())
 
 
 def score_rollouts(

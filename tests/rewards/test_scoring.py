@@ -11,9 +11,8 @@ from megatron_riskpo.evaluation.evaluate import evaluate
 from megatron_riskpo.rewards.pool import Grade
 from megatron_riskpo.rewards.reference import Reference
 from megatron_riskpo.rewards.scoring import Rewards, Scoring, mean_by_source
-from megatron_riskpo.rollout.replicas import tell_share
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
-from tests.distributed.advantage_cases import DigitTokenizer, rollouts_that_earn, score_rollouts
+from tests.distributed.advantage_cases import DigitTokenizer, rollouts_that_earn, score_rollouts, tell_share
 
 NAN = float("nan")
 # Of a user's own grader, so that equal responses are graded one by one.

@@ -32,12 +32,15 @@ def build_engine(actor: Actor, max_num_seqs: int = 64) -> MegatronEngine:
     return MegatronEngine(actor.chunks[0], actor.grid, max_sequence_length=128, max_num_seqs=max_num_seqs)
 
 
-def run(folder: Path) -> dict[tuple[str, str], tuple[Rollouts, torch.Tensor]]:
-    """For each layout: seeded samples, and the log-probs that the actor itself gives them afterwards."""
+def run(folder: Path) -> dict[tuple[str, str], tuple[Rollouts, torch.Tensor, dict[int, list[int]]]]:
+    """For each layout: seeded samples, the log-probs that the actor itself gives them afterwards, and what this rank
+    was told of meanwhile."""
     results = {}
     for layout, config in LAYOUTS.items():
         for tied in ("tied", "untied"):
             actor = build_actor(folder.parent / tied, config)
-            rollouts = build_engine(actor, max_num_seqs=5).generate(PROMPTS, SAMPLING, SEEDS)
-            results[layout, tied] = rollouts, actor.logprobs(rollouts, SAMPLING.temperature)
+            told: dict[int, list[int]] = {}
+            engine = build_engine(actor, max_num_seqs=5)
+            rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS, told.__setitem__)
+            results[layout, tied] = rollouts, actor.logprobs(rollouts, SAMPLING.temperature), told
     return results

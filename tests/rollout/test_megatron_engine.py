@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_riskpo.actor.actor import supervised_loss
 from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.errors import UsageError
+from megatron_riskpo.rollout.cached_decoder import CachedDecoder
 from megatron_riskpo.rollout.megatron_engine import plan_batches
 from megatron_riskpo.rollout.sampling import choose_tokens, response_uniforms
 from megatron_riskpo.rollout.types import SamplingConfig
@@ -137,6 +138,27 @@ def test_update_weights_only_notes_the_version(actor):
     assert engine.shares_weights
 
 
+def test_responses_are_told_of_while_others_are_decoded(actor, monkeypatch):
+    num_steps = 0
+    step = CachedDecoder.step
+
+    def counted(self: CachedDecoder, tokens: torch.Tensor) -> torch.Tensor | None:
+        nonlocal num_steps
+        num_steps += 1
+        return step(self, tokens)
+
+    monkeypatch.setattr(CachedDecoder, "step", counted)
+    told: dict[int, tuple[int, list[int]]] = {}
+    sampling = dataclasses.replace(SAMPLING, group_size=12)
+    rollouts = build_engine(actor).generate(
+        PROMPTS[:1], sampling, SEEDS[:1], lambda row, tokens: told.setdefault(row, (num_steps, list(tokens)))
+    )
+    responses = [response.tolist() for response in rollouts.responses()]
+    # One batch, whose prompt is taken in one step: token n comes with step n.
+    assert told == {row: (len(response), response) for row, response in enumerate(responses)}
+    assert len({len(response) for response in responses}) > 2
+
+
 def test_no_prompts(actor):
     rollouts = build_engine(actor).generate([], SAMPLING, [])
     assert rollouts.num_sequences == 0
@@ -201,7 +223,16 @@ def test_samples_do_not_depend_on_the_layout(actor, folder, two_ranks, layout, t
     single = actor if tied == "untied" else build_actor(folder / "tied", ActorConfig())
     reference = build_engine(single).generate(PROMPTS, SAMPLING, SEEDS)
     for rank_results in two_ranks:
-        rollouts, actor_logprobs = rank_results[layout, tied]
+        rollouts, actor_logprobs, _ = rank_results[layout, tied]
         assert_same_samples(rollouts, reference)
         assert int(rollouts.tokens.max()) < VOCAB_SIZE
         torch.testing.assert_close(rollouts.rollout_logprobs, actor_logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_each_response_is_told_of_on_one_rank(two_ranks, layout):
+    (rollouts, _, first), (_, _, second) = (rank_results[layout, "tied"] for rank_results in two_ranks)
+    assert first.keys().isdisjoint(second)
+    assert first | second == {row: response.tolist() for row, response in enumerate(rollouts.responses())}
+    assert len(first) == len(second) or layout == "dp2"

@@ -93,6 +93,24 @@ def test_samples_are_those_of_the_engine_in_process(engine, models):
     assert 0 < served.finished.sum() < served.num_sequences
 
 
+def test_responses_are_told_of_while_others_are_sampled(models, url, tmp_path):
+    config = with_urls(server_config(models["a"], server={"max_concurrent": 2}), url)
+    told: dict[int, list[int]] = {}
+    with single_rank(), server_engine(config, tmp_path, exporter(models["a"])) as engine:
+        engine.update_weights(exporter(models["a"])(), 0)
+        pending = engine.submit(PROMPTS, SAMPLING, SEEDS)
+        unfinished: list[int] = []
+
+        def tell(row: int, tokens: list[int]) -> None:
+            assert row not in told
+            told[row] = list(tokens)
+            unfinished.append(sum(not response.reason for response in pending.responses))
+
+        rollouts = engine.collect(pending, tell)
+    assert told == {row: response.tolist() for row, response in enumerate(rollouts.responses())}
+    assert unfinished[0] > 0
+
+
 def pushed_meanwhile(engine, models, delay_s: float):
     """Rollouts begun with version 0, model a; versions after it are model b."""
     engine.update_weights(exporter(models["a"])(), 0)
@@ -155,7 +173,10 @@ def test_weights_that_were_not_pushed_are_refused_and_pushed_again(engine, model
     engine.update_weights(exporter(models["a"])(), 0)
     expected = engine.generate(PROMPTS, SAMPLING, SEEDS)
     call(url, "/update_weight_version", {"new_version": "99"})
-    assert torch.equal(engine.generate(PROMPTS, SAMPLING, SEEDS).tokens, expected.tokens)
+    told: list[int] = []
+    again = engine.generate(PROMPTS, SAMPLING, SEEDS, lambda row, tokens: told.append(row))
+    assert torch.equal(again.tokens, expected.tokens)
+    assert sorted(told) == list(range(expected.num_sequences)), "once, though all was asked twice"
     (line,) = lines
     assert f"{url} sampled with weights of version 99, not 0" in line
 
