@@ -2,7 +2,6 @@
 
 import math
 import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +16,6 @@ from megatron_riskpo.rewards.options import GraderOptions
 from megatron_riskpo.rewards.process import GraderDied, GraderProcess
 from megatron_riskpo.rewards.reference import BUILT_IN, Reference
 
-PENDING_PER_WORKER = 256
-"""Responses that may wait a worker; whoever submits more waits."""
 PROGRESS_EVERY_S = 30.0
 
 
@@ -52,7 +49,6 @@ class GraderPool:
         self._idle: queue.SimpleQueue[GraderProcess] = queue.SimpleQueue()
         # The threads live as long as the pool; on Linux a worker dies with the thread that started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
-        self._room = threading.BoundedSemaphore(workers * PENDING_PER_WORKER)
         self._starts = [self._threads.submit(self._start, process) for process in self._processes]
 
     def wait_until_started(self) -> None:
@@ -60,9 +56,9 @@ class GraderPool:
         for start in self._starts:
             start.result()
 
-    def submit(self, response: str, reference: Reference, *, waits: bool = True) -> "Future[Grade]":
-        """Grade one response in the background, beside whatever the caller does meanwhile. `waits`: until fewer than
-        PENDING_PER_WORKER a worker are pending. Raises UsageError if a grader cannot be used."""
+    def submit(self, response: str, reference: Reference) -> "Future[Grade]":
+        """Grade one response in the background, beside whatever the caller does meanwhile; never waits. Raises
+        UsageError if a grader cannot be used."""
         for start in self._starts:
             if start.done():
                 start.result()
@@ -74,12 +70,7 @@ class GraderPool:
             done: Future[Grade] = Future()
             done.set_result(Grade(quick))
             return done
-        if waits:
-            self._room.acquire()
-        future = self._threads.submit(self._grade, response, reference)
-        if waits:
-            future.add_done_callback(lambda _: self._room.release())
-        return future
+        return self._threads.submit(self._grade, response, reference)
 
     def score(self, responses: Sequence[str], references: Sequence[Reference]) -> list[Grade]:
         """One Grade a response, in order. Takes at most about num_responses / workers * the limit of one grading."""
@@ -133,6 +124,17 @@ class GraderPool:
         return Grade(outcome["score"]) if "score" in outcome else Grade(math.nan, outcome["error"])
 
 
+@dataclass(frozen=True)
+class _Equal:
+    """Equal responses to one question."""
+
+    response: str
+    reference: Reference
+    """The object itself: while it is here no other has its id."""
+    future: "Future[Grade]"
+    rows: list[int]
+
+
 class GradingBatch:
     """Responses that are handed in one by one, as they come, and whose grades are taken together.
 
@@ -143,24 +145,30 @@ class GradingBatch:
     def __init__(self, pool: GraderPool) -> None:
         self._pool = pool
         self._futures: list[Future[Grade]] = []
-        # With the reference: while it is here no other object has its id.
-        self._submitted: dict[tuple[str, int], tuple[Future[Grade], Reference]] = {}
+        self._equals: dict[tuple[str, int], _Equal] = {}
 
     def submit(self, response: str, reference: Reference) -> None:
-        """Grade it in the background; raises as GraderPool.submit. Never waits: a rollout engine that did would keep
-        its other ranks waiting in a collective, and whoever made the batch holds its texts anyway."""
-        key = (response, id(reference))
-        if key in self._submitted:
-            self._futures.append(self._submitted[key][0])
+        """Grade it in the background; raises as GraderPool.submit."""
+        key, row = (response, id(reference)), len(self._futures)
+        if key in self._equals:
+            self._equals[key].rows.append(row)
+            self._futures.append(self._equals[key].future)
             return
-        future = self._pool.submit(response, reference, waits=False)
+        future = self._pool.submit(response, reference)
         if reference.grader in BUILT_IN:
-            self._submitted[key] = (future, reference)
+            self._equals[key] = _Equal(response, reference, future, [row])
         self._futures.append(future)
 
     def grades(self) -> list[Grade]:
         """One Grade a response, in the order in which they were handed in; waits for those that are missing."""
-        return self._pool.gather(self._futures)
+        grades = self._pool.gather(self._futures)
+        # A worker that was killed says nothing of what it graded: the error is one response's, the others try again.
+        shared = [e for e in self._equals.values() if len(e.rows) > 1 and grades[e.rows[0]].error is not None]
+        again = self._pool.gather([self._pool.submit(equal.response, equal.reference) for equal in shared])
+        for equal, grade in zip(shared, again, strict=True):
+            for row in equal.rows[1:]:
+                grades[row] = grade
+        return grades
 
 
 def fill_errors(rewards: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def test_samples_and_questions_have_seeds_of_their_own(benchmarks):
 
 def test_an_error_of_the_grader_is_told_from_a_wrong_answer(tmp_path: Path, benchmarks, sampler):
     class Failing:
-        def submit(self, response, reference, *, waits: bool) -> str:
+        def submit(self, response, reference) -> str:
             return reference.expected_answer
 
         def gather(self, answers) -> list[Grade]:

@@ -16,8 +16,8 @@ import torch
 
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.options import GraderOptions
-from megatron_riskpo.rewards.pool import Grade, GraderPool, GradingBatch, fill_errors
-from megatron_riskpo.rewards.process import GraderProcess
+from megatron_riskpo.rewards.pool import Grade, GraderPool, fill_errors
+from megatron_riskpo.rewards.process import GraderDied, GraderProcess
 from megatron_riskpo.rewards.reference import Reference
 
 HOSTILE = "tests.rewards.hostile_graders"
@@ -202,27 +202,6 @@ def test_submitted_responses_are_graded_while_the_caller_does_something_else():
         assert pool.gather(futures) == [Grade(1.0)] * 4
 
 
-def test_whoever_submits_too_much_waits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_riskpo.rewards.pool.PENDING_PER_WORKER", 2)
-    with OneGrader(SLOW) as pool:
-        most, futures = 0, []
-        for _ in range(8):
-            futures.append(pool.submit("r", Reference("a", SLOW)))
-            most = max(most, sum(not future.done() for future in futures))
-        pool.gather(futures)
-    assert most <= 2
-
-
-def test_a_batch_is_handed_in_without_waiting(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_riskpo.rewards.pool.PENDING_PER_WORKER", 2)
-    with OneGrader(SLOW) as pool:
-        batch = GradingBatch(pool)
-        for text in "abcde":
-            batch.submit(text, Reference("a", SLOW))
-        assert sum(not future.done() for future in batch._futures) > 2
-        assert batch.grades() == [Grade(1.0)] * 5
-
-
 def test_progress_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("megatron_riskpo.rewards.pool.PROGRESS_EVERY_S", 0.1)
     lines: list[str] = []
@@ -261,6 +240,27 @@ def test_equal_responses_are_graded_once_by_a_built_in_grader(monkeypatch: pytes
         own = Reference("a", SLOW)
         pool.score(["r", "r"], [own, own])
         assert seen == ["r", "r"], "a user's grader may toss coins"
+
+
+@pytest.mark.parametrize(("num_deaths", "num_errors"), [(1, 1), (2, 4)])
+def test_a_workers_death_is_not_the_error_of_equal_responses(monkeypatch, num_deaths: int, num_errors: int):
+    """They are graded once more, and where that fails as well, so that the answer itself is at fault, no more."""
+    deaths: list[str] = []
+    grade = GraderProcess.grade
+
+    def dying(self: GraderProcess, response: str, reference: Reference) -> dict:
+        if response == "\\boxed{0.5}" and len(deaths) < num_deaths:
+            deaths.append(response)
+            raise GraderDied("killed")
+        return grade(self, response, reference)
+
+    monkeypatch.setattr(GraderProcess, "grade", dying)
+    half = Reference("1/2")
+    with GraderPool(["math"], 1) as pool:
+        grades = pool.score(["\\boxed{0.5}"] * 4 + ["\\boxed{0.50}"], [half] * 5)
+    assert [grade.error for grade in grades] == ["killed"] * num_errors + [None] * (5 - num_errors)
+    assert [grade.score for grade in grades[num_errors:]] == [1.0] * (5 - num_errors)
+    assert deaths == ["\\boxed{0.5}"] * num_deaths
 
 
 @pytest.mark.parametrize("grader", ["no.such.module:f", f"{HOSTILE}:no_such_function", "no_colon"])

@@ -25,7 +25,7 @@ class ScriptedPool:
     def __init__(self, scores: list[float]) -> None:
         self.grades = iter([Grade(score, "timed out" if score != score else None) for score in scores])
 
-    def submit(self, response: str, reference: Reference, *, waits: bool) -> Grade:
+    def submit(self, response: str, reference: Reference) -> Grade:
         return next(self.grades)
 
     def gather(self, grades: list[Grade]) -> list[Grade]:
