@@ -19,7 +19,7 @@ from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launc
 from megatron_riskpo.distributed.leave import leave
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.doctor_command import add_doctor, run_doctor
-from megatron_riskpo.errors import RiskpoError, UsageError
+from megatron_riskpo.errors import RiskpoError, UsageError, check_out_file
 from megatron_riskpo.evaluate_command import add_evaluate, overrides_last, run_evaluate
 from megatron_riskpo.plan_command import add_plan, run_plan
 from megatron_riskpo.serve_command import add_serve, run_serve
@@ -226,6 +226,7 @@ def _report(args: argparse.Namespace, arguments: list[str]) -> int:
         from megatron_riskpo.observability.scaling_report import write_scaling_report
 
         target = args.out or Path("scaling.html")
+        check_out_file(target)
         print(f"{write_scaling_report(args.run_dirs, target)}\n\n{target}")
         return 0
     from megatron_riskpo.observability.report import write_report

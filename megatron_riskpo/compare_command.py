@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.errors import UsageError
+from megatron_riskpo.errors import UsageError, check_out_file
 
 
 def add_compare(commands: Any) -> None:
@@ -27,8 +27,7 @@ def run_compare(args: argparse.Namespace, arguments: list[str]) -> int:
 
     if not args.out.resolve().parent.is_dir():
         raise UsageError(f"--out {args.out}: {args.out.resolve().parent} is no folder; make it first")
-    if args.out.is_dir():
-        raise UsageError(f"--out {args.out} is a folder; name a file in it")
+    check_out_file(args.out)
     found, left_out = pairs(read_results(_evaluation_of(args.a)), read_results(_evaluation_of(args.b)))
     comparisons = [compare(a, b) for a, b in found]
     print(f"A: {args.a}\nB: {args.b}")

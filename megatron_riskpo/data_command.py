@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.errors import UsageError
+from megatron_riskpo.errors import UsageError, check_out_file
 
 _GYM_PREFIX = "reasoning_gym:"
 
@@ -59,8 +59,7 @@ def run_data(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _check_target(args: argparse.Namespace) -> None:
-    if args.out.is_dir():
-        raise UsageError(f"--out {args.out} is a folder; name a file in it")
+    check_out_file(args.out)
     read = [file for file in (*(args.files or ()), *args.exclude) if file.resolve() == args.out.resolve()]
     if read:
         raise UsageError(f"--out {args.out} would overwrite {read[0]}, which is read; choose another file")

@@ -1,5 +1,7 @@
 """Errors meant for the user: one line that says what was wrong, the numbers, and the remedy."""
 
+from pathlib import Path
+
 
 class RiskpoError(Exception):
     """An error whose message is shown without a traceback; `exit_code` is the process's exit code."""
@@ -15,3 +17,9 @@ class UsageError(RiskpoError):
 
 class RunError(RiskpoError):
     """A run that could not go on (exit code 1)."""
+
+
+def check_out_file(path: Path) -> None:
+    """Raise UsageError where --out names a folder in place of a file in one."""
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder; name a file in it")

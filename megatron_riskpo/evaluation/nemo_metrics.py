@@ -17,10 +17,14 @@ from megatron_riskpo.evaluation.results import Results
 METRICS_FILE = "metrics.json"
 
 
+def metrics_path(folder: Path) -> Path:
+    """Where the summarizer writes it: in folder/eval-results/ or, without one, in `folder`."""
+    return (folder / RESULTS_FOLDER if (folder / RESULTS_FOLDER).is_dir() else folder) / METRICS_FILE
+
+
 def write_metrics(folder: Path, all_results: Sequence[Results]) -> Path:
-    """Write metrics.json where the summarizer writes it, in folder/eval-results/ or, without one, in `folder`."""
-    root = folder / RESULTS_FOLDER if (folder / RESULTS_FOLDER).is_dir() else folder
-    path = root / METRICS_FILE
+    """Write metrics.json."""
+    path = metrics_path(folder)
     draft = path.with_suffix(".json.tmp")
     draft.write_text(json.dumps({r.name: nemo_metrics(r) for r in all_results}, indent=2) + "\n", encoding="utf-8")
     os.replace(draft, path)

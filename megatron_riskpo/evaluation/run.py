@@ -2,8 +2,10 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -18,14 +20,18 @@ from megatron_riskpo.distributed.signals import StopSignal, agree
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.benchmarks import Benchmark, load_benchmarks
 from megatron_riskpo.evaluation.generate import Sampler, Task, fill, pending_tasks
-from megatron_riskpo.evaluation.nemo_metrics import write_metrics
+from megatron_riskpo.evaluation.nemo_metrics import metrics_path, write_metrics
 from megatron_riskpo.evaluation.options import EvaluateConfig
 from megatron_riskpo.evaluation.results import read_results
-from megatron_riskpo.evaluation.settings import check_settings, settings, write_settings
-from megatron_riskpo.evaluation.summary import summarize, table, write_intervals
+from megatron_riskpo.evaluation.settings import check_settings, note_servers, settings, write_settings
+from megatron_riskpo.evaluation.summary import INTERVALS_FILE, summarize, table, write_intervals
 from megatron_riskpo.rewards.from_config import references_of
 from megatron_riskpo.rewards.start import started_pool
-from megatron_riskpo.rollout.types import SamplingConfig, SamplingEngine
+from megatron_riskpo.rollout.types import SamplingConfig
+
+if TYPE_CHECKING:
+    from megatron_riskpo.rollout.served_model import ServedModel
+    from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
 BATCHES_PER_ENGINE = 4
 """Answers of a batch, in units of the sequences that the engines decode at a time: what a killed evaluation loses."""
@@ -58,13 +64,27 @@ def run_evaluation(
 
 
 def conclude(folder: Path, target: Path | None = None) -> None:
-    """Print the table of all outputs in `folder`, write metrics.json and intervals.json there, or in `target`."""
+    """Print the table of all outputs in `folder`, write metrics.json and intervals.json there, or in `target`. Raises
+    UsageError rather than replace another program's metrics.json, unless `target` names its folder."""
     found = read_results(folder)
+    if target is None:
+        _check_own_metrics(folder)
     summaries = {results.name: summarize(results) for results in found}
     target = target or folder
     target.mkdir(parents=True, exist_ok=True)
     print(table(summaries))
-    print(f"metrics: {write_metrics(target, found)}\nintervals: {write_intervals(target, summaries)}")
+    intervals = write_intervals(target, summaries)
+    print(f"metrics: {write_metrics(target, found)}\nintervals: {intervals}")
+
+
+def _check_own_metrics(folder: Path) -> None:
+    """What we write has intervals.json beside it."""
+    metrics = metrics_path(folder)
+    if metrics.exists() and not (folder / INTERVALS_FILE).is_file():
+        raise UsageError(
+            f"{metrics} is not riskpo's (there is no {folder / INTERVALS_FILE}); give --out DIR for the new files, or "
+            f"--out {folder} to replace it"
+        )
 
 
 def max_model_len(config: EvaluateConfig) -> int:
@@ -87,9 +107,10 @@ def _ask(
     questions = [question for benchmark in benchmarks.values() for question in benchmark.questions]
     with contextlib.ExitStack() as stack:
         graded = list(zip(questions, references_of(questions, config.rewards), strict=True))
+        # What is wrong with a server is known at once; vLLM in this process takes longer to start than the graders.
+        served = stack.enter_context(closing(_served(config, out, world, say))) if config.rollout.server_urls else None
         pool = started_pool(config, graded, world, say, stack)
-        engine = _engine(config, world, say)
-        stack.callback(engine.close)
+        engine = served or stack.enter_context(closing(_in_process(config, world)))
         sampling = SamplingConfig(
             group_size=1,
             max_response_tokens=config.rollout.max_response_tokens,
@@ -102,21 +123,25 @@ def _ask(
         return fill(out, benchmarks, tasks, sampler, batch_size, lambda: agree(stop, world), say)
 
 
-def _engine(config: EvaluateConfig, world: ProcessGroup, say: Callable[[str], None]) -> SamplingEngine:
-    max_length = max_model_len(config)
-    if config.rollout.server_urls:
-        from megatron_riskpo.rollout.served_model import ServedModel
+def _served(config: EvaluateConfig, out: Path, world: ProcessGroup, say: Callable[[str], None]) -> "ServedModel":
+    from megatron_riskpo.rollout.served_model import ServedModel
 
-        vocab_size = load_model_config(config.model.path, "--model")["vocab_size"]
-        return ServedModel(
-            Path(config.model.path), config.rollout.server_urls, config.server, max_model_len=max_length,
-            vocab_size=vocab_size, world_group=world, log=say,
-        )  # fmt: skip
+    vocab_size = load_model_config(config.model.path, "--model")["vocab_size"]
+    served = ServedModel(
+        Path(config.model.path), config.rollout.server_urls, config.server, max_model_len=max_model_len(config),
+        vocab_size=vocab_size, world_group=world, log=say,
+    )  # fmt: skip
+    if world.rank() == 0:
+        note_servers(out, {url: asdict(card) for url, card in served.cards.items()})
+    return served
+
+
+def _in_process(config: EvaluateConfig, world: ProcessGroup) -> "VllmEngine":
     from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(
-        config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_length, world_group=world,
-        seed=config.run.seed, load_checkpoint=True,
+        config.model.path, config.rollout, dtype=config.model.dtype, max_model_len=max_model_len(config),
+        world_group=world, seed=config.run.seed, load_checkpoint=True,
     )  # fmt: skip
 
 

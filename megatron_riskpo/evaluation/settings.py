@@ -48,10 +48,15 @@ def settings(config: EvaluateConfig, benchmarks: Mapping[str, Benchmark]) -> dic
 def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Raise UsageError if another evaluation has begun in `folder`. More samples and further question files go on."""
     path = folder / SETTINGS_FILE
-    if not path.is_file() or not _has_answers(folder):
+    if not _has_answers(folder):
         return
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} holds outputs without {SETTINGS_FILE}, of another program; choose another --out "
+            f"(riskpo evaluate --from {folder} sums them up)"
+        )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _read(folder)
     except ValueError as error:
         raise UsageError(f"{path} is no JSON ({error}); remove {folder} or choose another --out") from error
     changed = [f"{key} was {found.get('options', {}).get(key)!r}, is {value!r}"
@@ -69,11 +74,26 @@ def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 def write_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Before the first answer; what earlier calls asked besides stays named."""
-    path = folder / SETTINGS_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = json.loads(path.read_text(encoding="utf-8"))["data"] if path.is_file() and _has_answers(folder) else {}
+    earlier = _read(folder) if _has_answers(folder) else {}
+    servers = {"servers": earlier["servers"]} if "servers" in earlier else {}
+    _write(folder, {**wanted, "data": earlier.get("data", {}) | wanted["data"], **servers})
+
+
+def note_servers(folder: Path, cards: Mapping[str, Mapping[str, Any]]) -> None:
+    """Which servers were asked, by address, and what each says of its model: it may be on another machine."""
+    found = _read(folder)
+    _write(folder, {**found, "servers": found.get("servers", {}) | cards})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
+    path = folder / SETTINGS_FILE
     draft = path.with_suffix(".json.tmp")
-    draft.write_text(json.dumps({**wanted, "data": earlier | wanted["data"]}, indent=2) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 

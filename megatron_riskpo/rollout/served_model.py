@@ -13,7 +13,7 @@ from megatron_riskpo.rollout.asked import ask, outcomes
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import gather_responses, join_prompts, slice_of
-from megatron_riskpo.rollout.server_client import ServerClient, ServerError
+from megatron_riskpo.rollout.server_client import ModelCard, ServerClient, ServerError
 from megatron_riskpo.rollout.server_engine import open_session, to_responses
 from megatron_riskpo.rollout.server_pool import NoServersError, ServerPool, responses_to
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
@@ -32,23 +32,29 @@ class ServedModel:
         self, model: Path, urls: Sequence[str], config: ServerConfig, *, max_model_len: int, vocab_size: int,
         world_group: ProcessGroup, log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """Collective. `max_model_len`: longest prompt + response, in tokens. Raises RunError where a server does not
-        answer, UsageError where it holds something else than the weights of `model`, or has too few positions."""
+        """Every rank asks the servers who they are. `max_model_len`: longest prompt + response, in tokens. Raises
+        RunError where a server does not answer, UsageError where it holds something else than the weights of `model`,
+        or has too few positions."""
         self._group, self._max_model_len, self._vocab_size = world_group, max_model_len, vocab_size
         with contextlib.ExitStack() as stack:
             self._loop = LoopThread()
             stack.callback(self._loop.close)
             session = self._loop.run(open_session())
             stack.callback(lambda: self._loop.run(session.close()))
-            for url in urls:
-                self._check(ServerClient(url, session), model, config.health_timeout_s, log)
+            clients = [ServerClient(url, session) for url in urls]
+            self.cards = {
+                client.url: self._checked_card(client, model, config.health_timeout_s, log) for client in clients
+            }
+            """What each server says of its model, by address."""
             self._pool = ServerPool(lambda url: ServerClient(url, session), config, log)
-            self._loop.run(self._pool.admit([url.rstrip("/") for url in urls]))
+            self._loop.run(self._pool.admit(list(self.cards)))
             self._loop.submit(self._pool.watch())
             stack.callback(self._loop.cancel_all)
             self._stack = stack.pop_all()
 
-    def _check(self, client: ServerClient, model: Path, timeout_s: float, log: Callable[[str], None]) -> None:
+    def _checked_card(
+        self, client: ServerClient, model: Path, timeout_s: float, log: Callable[[str], None]
+    ) -> ModelCard:
         try:
             label = self._loop.run(client.weight_label(timeout_s))
             card = self._loop.run(client.model_card(timeout_s))
@@ -66,6 +72,7 @@ class ServedModel:
             log(f"{client.url} says that its model is {card.path}, no folder here: taken for {model}")
         elif not Path(card.path).samefile(model):
             raise UsageError(f"--server {client.url} serves {card.path}, not {model}; name that, or another server")
+        return card
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int],

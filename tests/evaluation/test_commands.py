@@ -13,7 +13,14 @@ from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluate_command import overrides_last
 from megatron_riskpo.evaluation.benchmarks import Benchmark
 from megatron_riskpo.evaluation.options import EvaluateConfig, load_options
-from megatron_riskpo.evaluation.settings import NUM_BLOCKS, check_settings, fingerprint, settings, write_settings
+from megatron_riskpo.evaluation.settings import (
+    NUM_BLOCKS,
+    check_settings,
+    fingerprint,
+    note_servers,
+    settings,
+    write_settings,
+)
 from tests.evaluation.test_nemo_skills import GOLDEN
 from tests.test_cli import handlers_restored  # noqa: F401
 
@@ -138,6 +145,19 @@ def test_outputs_of_nemo_skills_are_summed_up_elsewhere(folder: Path, capsys):
     assert json.loads((folder / "sum" / "metrics.json").read_text())["sums"]["pass@1"]["num_entries"] == 3
 
 
+def test_metrics_of_nemo_skills_stay_as_they_are(folder: Path, capfd):
+    shutil.copytree(GOLDEN, folder / "theirs")
+    metrics = folder / "theirs" / "eval-results" / "metrics.json"
+    before = metrics.read_text()
+    assert main(["evaluate", "--from", "theirs"]) == 2
+    assert "metrics.json is not riskpo's (there is no theirs/intervals.json); give --out DIR" in capfd.readouterr().err
+    assert metrics.read_text() == before
+    metrics.write_text("{}")
+    assert main(["evaluate", "--from", "theirs", "--out", "theirs"]) == 0, "told to"
+    assert json.loads(metrics.read_text())["sums"]["pass@1"]["num_entries"] == 3
+    assert main(["evaluate", "--from", "theirs"]) == 0, "its own"
+
+
 def test_a_comparison_is_printed_and_drawn(folder: Path, capsys):
     shutil.copytree(GOLDEN, folder / "b")
     (folder / "b" / "eval-results" / "sums" / "output-rs2.jsonl").unlink()
@@ -184,8 +204,8 @@ def test_a_call_that_was_refused_before_an_answer_binds_the_next_to_nothing(aske
 
 def test_the_same_evaluation_goes_on_with_more_samples_files_and_ranks(asked, folder: Path):
     config, benchmarks = asked
-    answer_something(folder / "out")
     write_settings(folder / "out", settings(config, benchmarks))
+    answer_something(folder / "out")
     more = replace(
         config, evaluation=replace(config.evaluation, num_samples=9), run=replace(config.run, ranks=4),
         rollout=replace(config.rollout, max_num_seqs=7),
@@ -196,10 +216,29 @@ def test_the_same_evaluation_goes_on_with_more_samples_files_and_ranks(asked, fo
     assert json.loads((folder / "out" / "evaluation.json").read_text())["data"] == {"q": "digest", "r": "other"}
 
 
+def test_what_servers_say_of_themselves_is_kept(asked, folder: Path):
+    config, benchmarks = asked
+    first, second = ({"path": f"/models/{name}", "max_model_len": 64} for name in "ab")
+    write_settings(folder / "out", settings(config, benchmarks))
+    note_servers(folder / "out", {"http://a:1": first})
+    answer_something(folder / "out")
+    check_settings(folder / "out", settings(config, benchmarks))
+    write_settings(folder / "out", settings(config, benchmarks))
+    note_servers(folder / "out", {"http://b:1": second})
+    record = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert record["servers"] == {"http://a:1": first, "http://b:1": second}
+
+
+def test_outputs_of_another_program_are_not_gone_on_with(asked, folder: Path):
+    answer_something(folder / "out")
+    with pytest.raises(UsageError, match=r"out holds outputs without evaluation.json, .*choose another --out"):
+        check_settings(folder / "out", settings(*asked))
+
+
 def test_another_evaluation_is_refused_by_name(asked, folder: Path):
     config, benchmarks = asked
-    answer_something(folder / "out")
     write_settings(folder / "out", settings(config, benchmarks))
+    answer_something(folder / "out")
     other = replace(config, rewards=replace(config.rewards, answer_form="boxed"))
     with pytest.raises(UsageError, match=r"rewards.answer_form was 'any', is 'boxed'; restore that"):
         check_settings(folder / "out", settings(other, benchmarks))
