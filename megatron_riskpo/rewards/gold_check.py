@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.pool import Grade, GraderPool
-from megatron_riskpo.rewards.reference import AnswerForm, Reference
+from megatron_riskpo.rewards.reference import BUILT_IN, AnswerForm, Reference
 
 BOXED, HASH, TAG, FENCE = "\\boxed{ANSWER}", "#### ANSWER", "<answer>ANSWER</answer>", "```\nANSWER\n```"
 ASKED_BY = {"\\boxed": BOXED, "####": HASH, "<answer>": TAG, "```": FENCE}
@@ -38,8 +38,27 @@ def gold_answer(prompt: str, place: str, reference: Reference, answer_form: Answ
     if reference.grader == "code":
         bare = "program_template" in reference.fields and "```" not in prompt
         return GoldAnswer(place, "ANSWER" if bare else FENCE, reference)
-    asked = [form for sign, form in ASKED_BY.items() if sign in prompt]
-    return GoldAnswer(place, asked[0] if asked else OF_FORM[answer_form], reference)
+    return GoldAnswer(place, _asked_form(prompt) or OF_FORM[answer_form], reference)
+
+
+def _asked_form(prompt: str) -> str | None:
+    return next((form for sign, form in ASKED_BY.items() if sign in prompt), None)
+
+
+def unasked_form(prompts: Sequence[str], references: Sequence[Reference], answer_form: AnswerForm) -> str | None:
+    """What to say of prompts that ask in no form that is known (they may in words) where graders count one form only.
+    No error: a model may have learned the form. One reference a prompt."""
+    if answer_form == "any":
+        return None
+    reading = [p for p, ref in zip(prompts, references, strict=True) if ref.grader in BUILT_IN and ref.grader != "code"]
+    silent = [prompt for prompt in reading if _asked_form(prompt) is None]
+    if not silent:
+        return None
+    return (
+        f"{len(silent)} of {len(reading)} prompts name no form of answer ({', '.join(ASKED_BY)}), and with "
+        f"rewards.answer_form = {answer_form} only {OF_FORM[answer_form]} is an answer: unless the model has learned "
+        f"it, ask for it in the prompt, or set rewards.answer_form = any; for example {silent[0][-80:]!r}"
+    )
 
 
 def spread(num: int, limit: int) -> list[int]:

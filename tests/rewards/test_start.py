@@ -26,10 +26,13 @@ def world(tmp_path_factory):
     dist.destroy_process_group()
 
 
-def start(questions: list[Question], config: TrainConfig, world) -> None:
+def start(questions: list[Question], config: TrainConfig, world) -> list[str]:
+    """What is said."""
+    lines: list[str] = []
     pairs = list(zip(questions, references_of(questions, config.rewards), strict=True))
     with contextlib.ExitStack() as stack:
-        started_pool(config, pairs, world, lambda line: None, stack)
+        started_pool(config, pairs, world, lines.append, stack)
+    return lines
 
 
 def test_a_prompt_that_asks_for_what_the_grader_does_not_read_stops_the_run(world):
@@ -46,6 +49,18 @@ def test_a_system_message_may_be_what_asks_for_the_form(world, tmp_path):
     with pytest.raises(UsageError, match=r"20 of 20 expected .*boxed.* gets 0 from math"):
         start(SUMS, TrainConfig(data=data, rewards=RewardConfig(answer_form="hash", gold_checks=20)), world)
     start(SUMS, TrainConfig(data=data, rewards=RewardConfig(answer_form="boxed")), world)
+
+
+def test_a_prompt_that_asks_in_words_is_said_where_one_form_counts(world):
+    data = DataConfig(prompt_template="{problem} Put the answer into a box.")
+    boxed = RewardConfig(answer_form="boxed", gold_checks=5)
+    (line,) = start(SUMS, TrainConfig(data=data, rewards=boxed), world)
+    assert line.startswith("warning: 5 of 5 prompts name no form of answer (\\boxed, ####, <answer>, ```), and with ")
+    assert "rewards.answer_form = boxed only \\boxed{ANSWER} is an answer: unless the model has learned it" in line
+    assert line.endswith("for example '0+1= Put the answer into a box.'")
+    assert start(SUMS, TrainConfig(data=data), world) == [], "any form counts"
+    asks = DataConfig(prompt_template="{problem} Put the answer into \\boxed{{}}.")
+    assert start(SUMS, TrainConfig(data=asks, rewards=boxed), world) == []
 
 
 def test_only_questions_with_programs_need_a_sandbox(world, monkeypatch: pytest.MonkeyPatch):
