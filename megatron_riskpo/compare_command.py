@@ -23,12 +23,13 @@ def run_compare(args: argparse.Namespace, arguments: list[str]) -> int:
     """Print the tables, write the page; the exit code."""
     from megatron_riskpo.evaluation.comparison import compare, pairs
     from megatron_riskpo.evaluation.comparison_page import tables_of, write_page
+    from megatron_riskpo.evaluation.outputs import evaluation_of
     from megatron_riskpo.evaluation.results import read_results
 
     if not args.out.resolve().parent.is_dir():
         raise UsageError(f"--out {args.out}: {args.out.resolve().parent} is no folder; make it first")
     check_out_file(args.out)
-    found, left_out = pairs(read_results(_evaluation_of(args.a)), read_results(_evaluation_of(args.b)))
+    found, left_out = pairs(read_results(evaluation_of(args.a)), read_results(evaluation_of(args.b)))
     comparisons = [compare(a, b) for a, b in found]
     print(f"A: {args.a}\nB: {args.b}")
     for comparison in comparisons:
@@ -38,8 +39,3 @@ def run_compare(args: argparse.Namespace, arguments: list[str]) -> int:
         print(f"left out, since only one of them has it: {', '.join(left_out)}")
     print(f"page: {write_page(args.out, comparisons, str(args.a), str(args.b))}")
     return 0
-
-
-def _evaluation_of(folder: Path) -> Path:
-    """A run's evaluation/ where it has one, else the folder itself."""
-    return folder / "evaluation" if (folder / "evaluation").is_dir() else folder

@@ -20,6 +20,14 @@ class RunError(RiskpoError):
 
 
 def check_out_file(path: Path) -> None:
-    """Raise UsageError where --out names a folder in place of a file in one."""
+    """Raise UsageError where --out names a folder in place of a file in one, or lies below a file."""
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder; name a file in it")
+    check_out_folder(path.parent)
+
+
+def check_out_folder(folder: Path) -> None:
+    """Raise UsageError where --out cannot be, or lie in, the folder: a file is in its place."""
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise UsageError(f"--out: {place} is a file; name a folder")

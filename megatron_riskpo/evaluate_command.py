@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_riskpo.distributed.launch import die_with_launcher, launch, process_env
 from megatron_riskpo.distributed.signals import StopSignal
-from megatron_riskpo.errors import UsageError
+from megatron_riskpo.errors import UsageError, check_out_folder
 
 _EPILOG = """Options of a run follow in its form, --section.key value: for example --rollout.max_response_tokens 1024,
 --data.chat_template true, --rewards.answer_form boxed, --evaluation.temperature 0.6, --run.ranks 8. A run folder's own
@@ -32,7 +32,7 @@ def add_evaluate(commands: Any) -> None:
         help="ask these servers (riskpo serve), which hold the model, in place of vLLM in this process",
     )  # fmt: skip
     command.add_argument("--from", dest="source", type=Path, metavar="DIR",
-                         help="ask nothing; sum up the outputs in DIR, ours or nemo-skills'")  # fmt: skip
+                         help="ask nothing; sum up the outputs in DIR, ours or nemo-skills', or a run's")  # fmt: skip
     command.add_argument("overrides", nargs="*", metavar="--section.key value", help="options of the run")
 
 
@@ -61,6 +61,8 @@ def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:
     missing = [str(file) for file in args.data if not file.is_file()]
     if missing:
         raise UsageError(f"no question file {missing[0]}; riskpo data prepare makes one")
+    out = args.out or _default_out(args.model)
+    check_out_folder(out)
     die_with_launcher()
     stop = StopSignal.install()
     env = process_env()
@@ -73,7 +75,7 @@ def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:
 
     from megatron_riskpo.evaluation.run import run_evaluation
 
-    return run_evaluation(config, args.data, args.out or _default_out(args.model), seed, env, stop)
+    return run_evaluation(config, args.data, out, seed, env, stop)
 
 
 def _summarize(args: argparse.Namespace) -> int:
@@ -81,9 +83,13 @@ def _summarize(args: argparse.Namespace) -> int:
     if args.model or args.data or args.servers or args.overrides or numbers != (None, None):
         raise UsageError("--from sums up outputs that are there; of the other options only --out goes with it")
 
+    if args.out is not None:
+        check_out_folder(args.out)
+
+    from megatron_riskpo.evaluation.outputs import evaluation_of
     from megatron_riskpo.evaluation.run import conclude
 
-    conclude(args.source, args.out)
+    conclude(evaluation_of(args.source), args.out)
     return 0
 
 

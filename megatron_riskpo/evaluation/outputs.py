@@ -47,6 +47,11 @@ def output_files(folder: Path) -> list[Path]:
     return greedy or sampled
 
 
+def evaluation_of(folder: Path) -> Path:
+    """A run's evaluation/ where it has one, else the folder itself."""
+    return folder / "evaluation" if (folder / "evaluation").is_dir() else folder
+
+
 def benchmark_folders(results: Path) -> dict[str, Path]:
     """{benchmark: its folder} of DIR/eval-results/BENCH/, of DIR/BENCH/, or of DIR itself, whichever there is.
 
@@ -60,7 +65,8 @@ def benchmark_folders(results: Path) -> dict[str, Path]:
     found = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and any(path.glob("output*.jsonl"))}
     if not found:
         raise UsageError(
-            f"{results} has no evaluation outputs: neither output*.jsonl nor {RESULTS_FOLDER}/BENCH/output*.jsonl"
+            f"{results} has no evaluation outputs: neither output*.jsonl nor {RESULTS_FOLDER}/BENCH/output*.jsonl; "
+            "riskpo evaluate makes them"
         )
     return found
 

@@ -120,6 +120,8 @@ def test_servers_are_asked_by_one_rank_with_the_options_of_the_run(folder: Path)
         ),
         (["--model", "model", "--data", "q.jsonl", "--server", "a:1"], "'a:1' is no address of a server"),
         (["--model", "model", "--data", "q.jsonl", "--server", "http://a:1", "http://a:1"], "names a server twice"),
+        (["--model", "model", "--data", "q.jsonl", "--out", "q.jsonl"], "--out: q.jsonl is a file; name a folder"),
+        (["--model", "model", "--data", "q.jsonl", "--out", "q.jsonl/a/b"], "--out: q.jsonl is a file; name a folder"),
         (["--from", "absent"], "absent: no such folder"),
         (["--from", "model"], "model has no evaluation outputs"),
         (["--from", "model", "--data", "q.jsonl"], "of the other options only --out goes with it"),
@@ -156,6 +158,8 @@ def test_metrics_of_nemo_skills_stay_as_they_are(folder: Path, capfd):
     assert main(["evaluate", "--from", "theirs", "--out", "theirs"]) == 0, "told to"
     assert json.loads(metrics.read_text())["sums"]["pass@1"]["num_entries"] == 3
     assert main(["evaluate", "--from", "theirs"]) == 0, "its own"
+    shutil.copytree(folder / "theirs", folder / "run" / "evaluation")
+    assert main(["evaluate", "--from", "run"]) == 0, "a run's"
 
 
 def test_a_comparison_is_printed_and_drawn(folder: Path, capsys):
@@ -176,6 +180,7 @@ def test_other_questions_and_folders_are_one_line_and_code_2(folder: Path, capfd
         ([str(GOLDEN), "b"], "1 of A's 3 are not in B, 0 of B's 2 are not in A"),
         ([str(GOLDEN), "absent"], "absent: no such folder"),
         ([str(GOLDEN), str(GOLDEN), "--out", "no/where.html"], "is no folder; make it first"),
+        ([str(GOLDEN), str(GOLDEN), "--out", "b"], "--out b is a folder; name a file in it"),
     ):
         assert main(["compare", *arguments]) == 2
         err = capfd.readouterr().err
