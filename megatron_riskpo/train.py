@@ -24,7 +24,7 @@ from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.observability.observer import Observer
 from megatron_riskpo.resume import check_resume, without_outdated
-from megatron_riskpo.rewards.from_config import references_of
+from megatron_riskpo.rewards.from_config import check_sources, references_of
 from megatron_riskpo.rewards.start import started_pool
 from megatron_riskpo.rollout.source import RolloutSource
 from megatron_riskpo.rollout.types import SamplingConfig
@@ -114,6 +114,7 @@ def _build(
     # Before the model: a prompt and a grader that do not go together are found in seconds.
     sets = (train_set, held_out, *evaluation_sets.values())
     graded = [pair for part in sets for pair in zip(part.questions, part.references, strict=True)]
+    check_sources(config.rewards, (question for question, _ in graded))
     pool = started_pool(config, graded, grid.world, observer.log, stack)
     stream = make_stream(
         train_set.questions, config.data.sources, config.data.prompts_per_step, config.run.seed,

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.data.sources import Question
+from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rewards.options import CodeOptions, GraderOptions
 from megatron_riskpo.rewards.reference import Reference, reference
 
@@ -30,3 +31,14 @@ def references_of(questions: Iterable[Question], config: RewardConfig) -> list[R
         reference(q.expected_answer, q.data_source, q.fields, config.grader, config.graders, q.source)
         for q in questions
     ]
+
+
+def check_sources(config: RewardConfig, questions: Iterable[Question]) -> None:
+    """Raise UsageError where rewards.graders names a source that no question has: its grader would grade nothing."""
+    sources = {question.data_source for question in questions}
+    unknown = sorted(config.graders.keys() - sources)
+    if unknown:
+        raise UsageError(
+            f"rewards.graders names {unknown[0]!r}, the source of no question (there are: "
+            f"{', '.join(sorted(sources))}); correct the name or take it out"
+        )

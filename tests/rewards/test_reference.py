@@ -7,7 +7,7 @@ import pytest
 from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.data.sources import read_source
 from megatron_riskpo.errors import UsageError
-from megatron_riskpo.rewards.from_config import grader_options, references_of
+from megatron_riskpo.rewards.from_config import check_sources, grader_options, references_of
 from megatron_riskpo.rewards.options import CodeOptions, GraderOptions
 from megatron_riskpo.rewards.reference import Reference, graders_of, reference
 
@@ -73,6 +73,11 @@ def test_from_a_file_of_mixed_sources(tmp_path):
         Reference("B", "choice", "quiz", {"choices": ["1", "2"]}),
     ]
     assert graders_of(references) == ["math", "code", "choice"]
+    check_sources(RewardConfig(graders={"quiz": "choice"}), questions)
+    with pytest.raises(
+        UsageError, match=r"names 'quizz', the source of no question \(there are: mixed, programs, quiz\)"
+    ):
+        check_sources(RewardConfig(graders={"quiz": "choice", "quizz": "choice"}), questions)
 
 
 def test_a_gym_question_brings_what_its_verifier_needs():
