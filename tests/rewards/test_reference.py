@@ -74,9 +74,7 @@ def test_from_a_file_of_mixed_sources(tmp_path):
     ]
     assert graders_of(references) == ["math", "code", "choice"]
     check_sources(RewardConfig(graders={"quiz": "choice"}), questions)
-    with pytest.raises(
-        UsageError, match=r"names 'quizz', the source of no question \(there are: mixed, programs, quiz\)"
-    ):
+    with pytest.raises(UsageError, match=r"'quizz', the source of no question \(there are: mixed, programs, quiz\)"):
         check_sources(RewardConfig(graders={"quiz": "choice", "quizz": "choice"}), questions)
 
 
