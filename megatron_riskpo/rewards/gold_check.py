@@ -16,6 +16,10 @@ ASKED_BY = {"\\boxed": BOXED, "####": HASH, "<answer>": TAG, "```": FENCE}
 """What a prompt says, and the form that it thereby asks for."""
 OF_FORM: dict[AnswerForm, str] = {"boxed": BOXED, "hash": HASH, "tag": TAG, "any": BOXED}
 MAX_EXAMPLES = 3
+WRONG_REMEDY = (
+    "make the prompt ask for what the grader reads (rewards.answer_form, rewards.grader), or correct the answers"
+)
+ERRORS_REMEDY = "all were errors: mend the grader (or start its server), or the answers that it cannot read"
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,17 @@ def check_gold(pool: GraderPool, answers: Sequence[GoldAnswer], answer_form: Ans
     grades = pool.score([answer.response for answer in mine], [answer.reference for answer in mine])
     # "not >=": an error is NaN.
     failed = [(answer, grade) for answer, grade in zip(mine, grades, strict=True) if not grade.score >= 1]
-    counts = torch.tensor([len(failed), len(mine)])
+    counts = torch.tensor([len(failed), sum(grade.error is not None for _, grade in failed), len(mine)])
     dist.all_reduce(counts, group=world)
     if counts[0]:
-        shown = [_complaint(*pair, answer_form) for pair in failed[:MAX_EXAMPLES]]
+        examples: list[list[str]] = [[]] * world.size()
+        # All ranks say the same, which is shown once.
+        dist.all_gather_object(examples, [_complaint(*pair, answer_form) for pair in failed[:MAX_EXAMPLES]], world)
+        shown = [example for own in examples for example in own][:MAX_EXAMPLES]
+        remedy = ERRORS_REMEDY if counts[0] == counts[1] else WRONG_REMEDY
         raise UsageError(
-            f"{counts[0]} of {counts[1]} expected answers, given as the prompt asks for them, do not grade 1: "
-            f"{'; '.join(shown) or 'examples are on another rank'}; make the prompt ask for what the grader reads "
-            "(rewards.answer_form, rewards.grader), or correct the answers (rewards.gold_checks = 0 skips this check)"
+            f"{counts[0]} of {counts[2]} expected answers, given as the prompt asks for them, do not grade 1: "
+            f"{'; '.join(shown)}; {remedy} (rewards.gold_checks = 0 skips this check)"
         )
 
 

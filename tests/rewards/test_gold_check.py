@@ -62,12 +62,14 @@ def test_the_prompt_asks_for_one_form_and_the_grader_reads_another(world):
     assert message.startswith("5 of 5 expected answers, given as the prompt asks for them, do not grade 1: ")
     assert "my.jsonl:1: '#### 0' gets 0 from math (answer form boxed); my.jsonl:2" in message
     assert "my.jsonl:4" not in message, "a few examples do"
+    assert "; make the prompt ask for what the grader reads" in message
     assert "\n" not in message
 
 
 def test_expected_answers_that_cannot_be_graded_stop_the_run(world):
     with pytest.raises(
-        UsageError, match=r"1 of 2 .*my.jsonl:2: .*gets ValueError: the expected answer 'a lot' is no number"
+        UsageError,
+        match=r"1 of 2 .*my.jsonl:2: .*gets ValueError: the expected answer 'a lot' is no number.*; all were errors",
     ):
         check(world, ["?", "?"], [Reference("7", "numeric"), Reference("a lot", "numeric")])
 
