@@ -158,9 +158,13 @@ class ServerConfig:
     up."""
     max_restarts: int = 3
     """Times that the run starts each of its servers again."""
+    transport: Literal["auto", "file", "network"] = "auto"
+    """How weights reach the servers. file: whole tensors, gathered on rank 0, through a folder that the servers see;
+    network: each worker gets its shard from all ranks at once, over a process group of ranks and workers. auto: file
+    for servers that the run starts, or where transfer_dir is given, else network."""
     transfer_dir: str = ""
-    """Folder through which weights go to the servers, which must see it under the same name; empty: memory of this
-    machine (/dev/shm, where there is one)."""
+    """The folder of transport = "file", which the servers must see under the same name; empty: memory of this machine
+    (/dev/shm, where there is one)."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,8 @@ class BridgeConfig:
     verify: Literal["none", "probe", "checksum", "golden"] = "none"
     """After each sync: nothing; compare the engine's log-probs with the actor's on a probe batch; compare a checksum of
     every slice with the sender's; or compare every number with tensors gathered whole (slow, and takes memory for a
-    second copy of a rank's shard). The last two need rollout.engine = "vllm"."""
+    second copy of a rank's shard). The last two need rollout.engine = "vllm"; on servers checksum needs
+    server.transport = "network", and golden is refused."""
     tolerance: float = 1e-4
     """Largest mean absolute log-prob difference that the probe accepts, in nats (bfloat16: use about 5e-2)."""
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_rules import Rule, Setup
 
 
@@ -30,6 +31,24 @@ def server_urls(setup: Setup) -> str | None:
             return f"rollout.server_urls: {url!r} is no address of a server; write http://HOST:PORT"
     if len({url.rstrip("/") for url in urls}) < len(urls):
         return f"rollout.server_urls names a server twice: {sorted(urls)}"
+    return None
+
+
+def uses_network(config: TrainConfig) -> bool:
+    """Whether weights reach the servers over the network, and not through files."""
+    transport = config.server.transport
+    return transport == "network" or (
+        transport == "auto" and bool(config.rollout.server_urls) and not config.server.transfer_dir
+    )
+
+
+def transport(setup: Setup) -> str | None:
+    server = setup.config.server
+    if server.transport == "network" and server.transfer_dir:
+        return (
+            f'server.transfer_dir = {server.transfer_dir} is for server.transport = "file", not "network"; leave one '
+            "of them out"
+        )
     return None
 
 
@@ -65,10 +84,17 @@ def start_timeout(setup: Setup) -> str | None:
 
 def verification(setup: Setup) -> str | None:
     verify, rollout = setup.config.bridge.verify, setup.config.rollout
-    if verify in ("checksum", "golden") and rollout.placement == "server":
+    if rollout.placement != "server":
+        return None
+    if verify == "golden":
         return (
-            f'bridge.verify = "{verify}" compares what vLLM in the training processes holds; with rollout.placement = '
-            '"server" set it to "probe" or "none" (buckets for servers always have a checksum)'
+            'bridge.verify = "golden" compares what vLLM in the training processes holds; with rollout.placement = '
+            '"server" set it to "probe", "checksum" or "none"'
+        )
+    if verify == "checksum" and not uses_network(setup.config):
+        return (
+            'bridge.verify = "checksum" with server.transport = "file" does nothing more: those buckets always have a '
+            'checksum; set it to "probe" or "none"'
         )
     return None
 
@@ -97,6 +123,7 @@ def sleep_device(setup: Setup) -> str | None:
 SERVER_RULES: tuple[Rule, ...] = (
     placement,
     server_urls,
+    transport,
     transfer_dir,
     staleness_correction,
     start_timeout,

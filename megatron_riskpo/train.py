@@ -10,6 +10,7 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_batches import too_few_questions
 from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.config_io import resolved, write_run_record
+from megatron_riskpo.config_servers import uses_network
 from megatron_riskpo.data.mixture import MixedStream, make_stream
 from megatron_riskpo.data.overlap import without_overlap
 from megatron_riskpo.data.prompts import encode_prompts
@@ -191,11 +192,13 @@ def _build_engine(
 
         return MegatronEngine(actor.chunks[0], grid, max_length, config.rollout.max_num_seqs)
     if config.rollout.placement == "server":
+        from megatron_riskpo.resharding.actor_shards import ActorShards
         from megatron_riskpo.rollout.server_engine import ServerEngine
 
         return ServerEngine(
             config, vocab_size=actor.shape.vocab_size, world_group=grid.world, folder=run_dir / "servers",
             export=actor.export_weights, log=observer.log,
+            shards=ActorShards.of(actor) if uses_network(config) else None,
         )  # fmt: skip
     from megatron_riskpo.rollout.vllm_engine import VllmEngine
 

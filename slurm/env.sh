@@ -41,5 +41,5 @@ STALL_RETRIES=3
 # The same of a job whose ranks failed.
 RETRIES=0
 
-# A folder that all nodes see, through which weights go to rollout servers on other nodes; empty: the attempt's own.
+# A folder that all nodes see, through which weights go to rollout servers on other nodes; empty: over the network.
 TRANSFER_DIR=

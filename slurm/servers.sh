@@ -53,8 +53,10 @@ await_servers() {
         done
         sleep 0.5
     done
-    local transfer=${TRANSFER_DIR:-$ATTEMPT_DIR/transfer}
-    mkdir -p "$transfer"
     mapfile -t urls < <(sed -n 's/.*"url": "\([^"]*\)".*/\1/p' "${urls[@]}")
-    SERVER_OPTIONS=(--server.transfer_dir "$transfer" --rollout.server_urls "${urls[@]}")
+    SERVER_OPTIONS=(--rollout.server_urls "${urls[@]}")
+    if [ -n "$TRANSFER_DIR" ]; then
+        mkdir -p "$TRANSFER_DIR"
+        SERVER_OPTIONS=(--server.transfer_dir "$TRANSFER_DIR" "${SERVER_OPTIONS[@]}")
+    fi
 }

@@ -12,7 +12,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.config import DataConfig, ModelConfig, RolloutConfig, ServerConfig, TrainConfig
+from megatron_riskpo.config_io import load_model_config
+from megatron_riskpo.resharding.actor_shards import ActorShards
+from megatron_riskpo.resharding.layouts import ActorLayout
 from megatron_riskpo.rollout.server_engine import ServerEngine
 from megatron_riskpo.rollout.server_process import ServerProcess
 
@@ -56,8 +60,9 @@ def server_engine(
     folder: Path,
     export: Callable[[], Iterable[tuple[str, Tensor]]],
     lines: list[str] | None = None,
+    shards: ActorShards | None = None,
 ) -> Iterator[ServerEngine]:
-    """`lines` gets what the engine says."""
+    """`lines` gets what the engine says; with `shards` weights go over the network."""
     said = [] if lines is None else lines
     engine = ServerEngine(
         config,
@@ -66,6 +71,7 @@ def server_engine(
         folder=folder,
         export=export,
         log=said.append,
+        shards=shards,
     )
     try:
         yield engine
@@ -76,6 +82,15 @@ def server_engine(
 def with_urls(config: TrainConfig, *urls: str) -> TrainConfig:
     """The run on these servers."""
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, server_urls=urls))
+
+
+def shards_of(folder: Path) -> ActorShards:
+    """The weights of a checkpoint as one rank of an actor holds them."""
+    hf_config = load_model_config(folder)
+    shape, tensors = shape_of(hf_config), load_file(folder / "model.safetensors")
+    rules = family_of(hf_config).rules(shape)
+    parameters = {rule.megatron: rule.fusion.fuse([tensors[name] for name in rule.hf], shape) for rule in rules}
+    return ActorShards(hf_config, ActorLayout(1), parameters)
 
 
 def exporter(folder: Path) -> Callable[[], Iterable[tuple[str, Tensor]]]:

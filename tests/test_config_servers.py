@@ -12,7 +12,7 @@ from megatron_riskpo.config import ActorConfig, BridgeConfig, RolloutConfig, Ser
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_checks import TRAIN_RULES, engine_split, problems
 from megatron_riskpo.config_rules import Setup
-from megatron_riskpo.config_servers import SERVER_RULES
+from megatron_riskpo.config_servers import SERVER_RULES, uses_network
 from megatron_riskpo.config_waits import stall_limit
 
 TIS = {"mismatch": MismatchConfig(correction="tis")}
@@ -44,7 +44,15 @@ def on_servers(**rollout: Any) -> TrainConfig:
             dataclasses.replace(on_servers(), server=ServerConfig(start_timeout_s=900)),
             "server.start_timeout_s = 900 is not below run.timeout_s = 600, .* raise run.timeout_s",
         ),
-        (dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="golden")), '"golden" .* to "probe" or "none"'),
+        (dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="golden")), '"golden" .* "checksum" or "none"'),
+        (
+            dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="checksum")),
+            'server.transport = "file" does nothing more: .* set it to "probe" or "none"',
+        ),
+        (
+            dataclasses.replace(on_servers(), server=ServerConfig(transport="network", transfer_dir="/tmp")),
+            'server.transfer_dir = /tmp is for server.transport = "file"',
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(config, message):
@@ -61,12 +69,28 @@ def test_what_cannot_work_is_refused_in_one_line(config, message):
         dataclasses.replace(on_servers(max_staleness=1), **TIS),
         dataclasses.replace(on_servers(server_urls=("http://a:1",)), server=ServerConfig(start_timeout_s=900)),
         dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="probe")),
+        dataclasses.replace(on_servers(server_urls=("http://a:1",)), bridge=BridgeConfig(verify="checksum")),
         TrainConfig(bridge=BridgeConfig(verify="golden")),
         dataclasses.replace(on_servers(max_staleness=3), actor=ActorConfig(old_logprobs="rollout")),
     ],
 )
 def test_what_works_is_accepted(config):
     assert not list(problems(SERVER_RULES, Setup(config, 1, {})))
+
+
+@pytest.mark.parametrize(
+    ("urls", "server", "expected"),
+    [
+        ((), {}, False),
+        ((), {"transport": "network"}, True),
+        (("http://a:1",), {}, True),
+        (("http://a:1",), {"transfer_dir": "/tmp"}, False),
+        (("http://a:1",), {"transport": "file"}, False),
+    ],
+)
+def test_servers_that_are_given_get_weights_over_the_network(urls, server, expected):
+    config = dataclasses.replace(on_servers(server_urls=urls), server=ServerConfig(**server))
+    assert uses_network(config) == expected
 
 
 def test_the_rules_are_asked_by_train():

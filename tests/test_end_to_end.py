@@ -224,6 +224,7 @@ def test_a_run_on_a_server_is_the_colocated_one_also_where_the_server_is_killed(
 
 def test_a_run_one_step_ahead_resumes_with_the_questions_that_were_under_way(folder):
     options = ("--rollout.max_staleness", "1", "--mismatch.correction", "tis_sequence", "--run.name", "ahead")
+    options += ("--server.transport", "network")
     process = start(folder, *SERVER, *options)
     output = signal_after_step(folder, process, "ahead", 4, signal.SIGTERM)
     assert process.returncode == 0, output[-4000:]
@@ -238,6 +239,7 @@ def test_a_run_one_step_ahead_resumes_with_the_questions_that_were_under_way(fol
     assert staleness[0] == 0.0
     assert [stopped_at - min(of["versions"], default=stopped_at) for of in of_ranks] != [0, 0]
     assert set(staleness[1:]) == {1.0}
+    assert all(row["bridge/received_mib"] > 0 for row in rows)
     assert all(row["mismatch/weight_mean"] == pytest.approx(1, abs=0.3) for row in rows)
 
 

@@ -50,8 +50,9 @@ class Bridge:
     def _push(self, version: int) -> dict[str, float]:
         if self._in_process is None:
             start = time.perf_counter()
-            cast(WholeWeightsEngine, self.engine).update_weights(self.actor.export_weights(), version)
-            return {"perf/push_s": time.perf_counter() - start}
+            engine = cast(WholeWeightsEngine, self.engine)
+            measured = engine.update_weights(self.actor.export_weights(), version)
+            return measured | {"perf/push_s": time.perf_counter() - start}
         metrics: dict[str, float] = {}
         if self.config.verify == "golden":
             metrics["bridge/golden_numbers"] = float(self._in_process.run_golden(version))
@@ -82,9 +83,9 @@ def _in_process(actor: Actor, engine: RolloutEngine, config: BridgeConfig) -> "I
     from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
     if not isinstance(engine, VllmEngine):
-        if config.verify in ("checksum", "golden") and not engine.shares_weights:
+        if config.verify == "golden" and not engine.shares_weights:
             raise UsageError(
-                f'bridge.verify = "{config.verify}" needs vLLM in the training processes; set it to "probe" or "none"'
+                'bridge.verify = "golden" needs vLLM in the training processes; set it to "probe" or "none"'
             )
         return None
     from megatron_riskpo.resharding.in_process import InProcessPush

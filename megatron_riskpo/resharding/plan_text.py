@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.config_servers import uses_network
 from megatron_riskpo.errors import UsageError
+from megatron_riskpo.resharding.layouts import ActorLayout
 from megatron_riskpo.resharding.plan import RankPlan, plan_rank
 from megatron_riskpo.resharding.schedule import BridgeLayout, make_schedule
 from megatron_riskpo.resharding.slices import source_slice, target_slice
@@ -21,20 +23,21 @@ def bridge_text(layout: BridgeLayout, rank: int | None) -> str:
     return "\n".join(summary(layout) if rank is None else describe_rank(plan_rank(layout, rank)))
 
 
-def colocated_layout(
-    config: TrainConfig, hf_config: Mapping[str, Any], world_size: int, node_size: int
-) -> BridgeLayout:
-    """What a run with engines in the training processes asks of the bridge. Raises UsageError."""
-    if config.rollout.engine != "vllm" or config.rollout.placement != "colocated":
+def planned_layout(config: TrainConfig, hf_config: Mapping[str, Any], world_size: int, node_size: int) -> BridgeLayout:
+    """What a run asks of the bridge, with engines in the training processes or on servers that get their weights over
+    the network. Raises UsageError."""
+    rollout, item_size, mib = config.rollout, _ITEM_SIZE[config.model.dtype], config.bridge.bucket_mib
+    on_servers = rollout.placement == "server"
+    if rollout.engine != "vllm" or (on_servers and not uses_network(config)):
         raise UsageError(
-            f'--bridge plans for vLLM in the training processes, not for rollout.engine = "{config.rollout.engine}" '
-            f'with rollout.placement = "{config.rollout.placement}": there nothing moves between the ranks by plan; '
-            'set them to "vllm" and "colocated"'
+            f'--bridge plans for vLLM in the training processes, or on servers with server.transport = "network", not '
+            f'for rollout.engine = "{rollout.engine}" with rollout.placement = "{rollout.placement}" and '
+            f'server.transport = "{config.server.transport}": there nothing moves between the ranks by plan'
         )
-    item_size = _ITEM_SIZE[config.model.dtype]
-    return BridgeLayout.colocated(
-        hf_config, config.actor, world_size, config.rollout.tp, item_size, config.bridge.bucket_mib, node_size
-    )
+    if on_servers:
+        actor, servers = ActorLayout.of(config.actor, world_size), len(rollout.server_urls) or rollout.servers
+        return BridgeLayout.served(hf_config, actor, rollout.tp, servers, item_size, mib, node_size)
+    return BridgeLayout.colocated(hf_config, config.actor, world_size, rollout.tp, item_size, mib, node_size)
 
 
 def summary(layout: BridgeLayout) -> list[str]:

@@ -44,6 +44,15 @@ class BridgeLayout:
             int(bucket_mib * 2**20), node_size,
         )  # fmt: skip
 
+    @classmethod
+    def served(
+        cls, hf_config: Mapping[str, Any], actor: ActorLayout, tp: int, servers: int, item_size: int,
+        bucket_mib: float, node_size: int,
+    ) -> "BridgeLayout":  # fmt: skip
+        """Servers of `tp` workers each, which are numbered after the actor's ranks. Raises UsageError as above."""
+        rollout = RolloutLayout(tp, servers, first_rank=actor.world_size)
+        return cls(Model.of(hf_config), actor, rollout, item_size, int(bucket_mib * 2**20), node_size)
+
     @property
     def limit(self) -> int:
         """Bytes that a rank may send, and as many that it may receive, in a round."""

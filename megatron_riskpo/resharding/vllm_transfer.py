@@ -1,69 +1,184 @@
-"""vLLM's official weight transfer (init, start, update, finish) by files that trainer and server map: vLLM's own
-engines (nccl, ipc) move CUDA memory only.
+"""vLLM's official weight transfer (init, start, update, finish) by ways that its own engines have not: files that
+trainer and server map, or a process group in which each worker gets its shard by plan. The trainer says which.
 
 Imported in vLLM's worker processes, as `worker_extension_cls`; that registers the engine before vLLM makes one.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
+from torch import nn
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.bucket_file import read_bucket
+from megatron_riskpo.resharding.layout_check import compare, traced_placements
+from megatron_riskpo.resharding.network_receiver import ShardReceiver
+from megatron_riskpo.resharding.placements import expected_numbers, hf_tensors, planned_placements
+from megatron_riskpo.resharding.shard_sink import VllmShardSink
 from megatron_riskpo.resharding.vllm_sink import begin_update, finish_update
 
-BACKEND = "riskpo_file"
+BACKEND = "riskpo"
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """What a complete update brings."""
+    """How weights will come."""
 
-    num_tensors: int
+    transport: str
+    """file or network."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the transport."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: the record of `write_bucket`."""
+    """A part of an update."""
 
-    file: str
-    size: int
-    checksum: int
-    tensors: list[dict[str, Any]] = field(default_factory=list)
+    content: dict[str, Any]
+    """By file: the record of `write_bucket`. By network: the version."""
 
 
-class FileTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """The receiver. A failure anywhere between start and finish leaves the model half-updated: the server must go."""
+class Receiver(Protocol):
+    """One of the ways."""
+
+    def start(self) -> None: ...
+
+    def receive(self, content: dict[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FileReceiver:
+    """Whole tensors, a bucket a call."""
+
+    def __init__(self, engine: "TransferEngine", num_tensors: int) -> None:
+        """`num_tensors`: of a complete update."""
+        self._engine = engine
+        self._num_expected, self._num_received = num_tensors, 0
+
+    def start(self) -> None:
+        self._num_received = 0
+        begin_update(self._engine.model)
+
+    def receive(self, content: dict[str, Any]) -> None:
+        """Load one bucket. Raises CorruptBucketError."""
+        bucket = read_bucket(content)
+        cast(Any, self._engine.model).load_weights(iter(bucket))
+        self._num_received += len(bucket)
+
+    def finish(self) -> None:
+        """Raises ValueError where some tensors did not come (vLLM would keep the old ones)."""
+        if self._num_received != self._num_expected:
+            raise ValueError(f"{self._num_received} of {self._num_expected} tensors have come")
+        finish_update(self._engine.model, self._engine.model_config)
+
+    def close(self) -> None:
+        """Nothing is held between buckets."""
+
+
+class NetworkReceiver:
+    """This worker's shard, in one call. An update that broke off because of others may be started again."""
+
+    def __init__(self, engine: "TransferEngine", **options: Any) -> None:
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        dtype = str(engine.model_config.dtype).removeprefix("torch.")
+        if options["dtype"] != dtype:
+            raise RunError(f"this server has model.dtype = {dtype}, the run {options['dtype']}; set both alike")
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self._receiver = ShardReceiver(options, rank, size, engine.device)
+        self._sink = VllmShardSink(_Reload(engine), expected_numbers(self._receiver.layout, rank))
+        self._engine, self._version = engine, -1
+
+    def start(self) -> None:
+        """`receive` does all of it, so that a group may be made anew between the two."""
+
+    def receive(self, content: dict[str, Any]) -> None:
+        """Raises RunError."""
+        self._version = content["version"]
+        self._sink.begin()
+        self._check_layout()
+        report = self._receiver.receive(self._sink, self._version)
+        self._receiver.tell(report, self._sink.pack_seconds, self._version)
+
+    def _check_layout(self) -> None:
+        """Once: whether vLLM stores the model as the plan says. RunError where not."""
+        if self._engine.is_layout_checked:
+            return
+        layout = self._receiver.layout
+        tensors = [(name, shape) for name, shape, *_ in hf_tensors(layout)]
+        traced = traced_placements(self._engine.model, tensors)
+        compare(planned_placements(layout, self._receiver.tp_rank), traced)
+        self._engine.is_layout_checked = True
+
+    def finish(self) -> None:
+        """Raises RunError where some numbers did not come."""
+        self._sink.finish(self._version)
+
+    def close(self) -> None:
+        self._receiver.close()
+
+
+class _Reload:
+    """vLLM's model, as VllmShardSink asks a worker for it."""
+
+    def __init__(self, engine: "TransferEngine") -> None:
+        self._engine = engine
+        self.vllm_config, self.model_runner = engine.vllm_config, self
+
+    def get_model(self) -> nn.Module:
+        return self._engine.model
+
+    def riskpo_begin_update(self) -> None:
+        begin_update(self._engine.model)
+
+    def riskpo_finish_update(self, version: int) -> None:
+        finish_update(self._engine.model, self._engine.model_config)
+
+
+_RECEIVERS: dict[str, Any] = {"file": FileReceiver, "network": NetworkReceiver}
+
+
+class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """The receiver. A failure anywhere between start and finish leaves the model half-updated: unless the update is
+    started again and becomes complete, the server must go."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
-    _num_expected = 0
-    _num_received = 0
+    is_layout_checked = False
+    _receiver: Receiver | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """How many tensors an update has."""
-        self._num_expected = init_info.num_tensors
+        """Choose the way, in place of the one before."""
+        self.shutdown()
+        self._receiver = _RECEIVERS[init_info.transport](self, **init_info.options)
+
+    def _chosen(self) -> Receiver:
+        if self._receiver is None:
+            raise ValueError("weights came before it was said how they come (init_weight_transfer_engine)")
+        return self._receiver
 
     def start_weight_update(self) -> None:
         """Prepare the model for new weights."""
-        self._num_received = 0
-        begin_update(self.model)
+        self._chosen().start()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load one bucket. Raises CorruptBucketError."""
-        bucket = read_bucket(vars(update_info))
-        cast(Any, self.model).load_weights(iter(bucket))
-        self._num_received += len(bucket)
+        """Load a part."""
+        self._chosen().receive(update_info.content)
 
     def finish_weight_update(self) -> None:
-        """Put the weights in use. Raises ValueError where some did not come (vLLM would keep the old ones)."""
-        if self._num_received != self._num_expected:
-            raise ValueError(f"{self._num_received} of {self._num_expected} tensors have come")
-        finish_update(self.model, self.model_config)
+        """Put the weights in use; an error where some did not come."""
+        self._chosen().finish()
 
     def shutdown(self) -> None:
-        """Nothing is held between buckets."""
+        """Leave the group of the trainer, if there is one."""
+        if self._receiver is not None:
+            self._receiver.close()
+        self._receiver = None
 
 
 class ServerWorkerExtension:
@@ -71,4 +186,4 @@ class ServerWorkerExtension:
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
+    WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)

@@ -52,9 +52,10 @@ class MegatronEngine:
         """What the last `update_weights` said; -1 before the first."""
         return self._weight_version
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
         """Note the version. `weights` are not read: they are the module's own, already there."""
         self._weight_version = version
+        return {}
 
     def release(self) -> None:
         """Nothing is held between calls."""

@@ -112,11 +112,13 @@ class ServerClient:
         except (LookupError, TypeError, ValueError) as error:
             raise ServerError(f"{self.url} gave no log-probs of the prompt ({error}): {str(body)[:200]}") from error
 
-    async def post(self, path: str, timeout_s: float, body: dict[str, Any] | None = None) -> None:
-        """One of vLLM's control endpoints."""
+    async def post(self, path: str, timeout_s: float | None, body: dict[str, Any] | None = None) -> None:
+        """One of vLLM's control endpoints; without `timeout_s` until it answers."""
         await self._call("POST", path, body, timeout_s)
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None
+    ) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:

@@ -19,19 +19,21 @@ from torch.distributed import ProcessGroup
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length
-from megatron_riskpo.errors import RunError
+from megatron_riskpo.errors import RiskpoError, RunError
+from megatron_riskpo.resharding.actor_shards import ActorShards
 from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
 from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
 from megatron_riskpo.rollout.asked import Asked, ask, outcomes
 from megatron_riskpo.rollout.carried import go_on_from, packed
 from megatron_riskpo.rollout.loop_thread import LoopThread
+from megatron_riskpo.rollout.network_push import NetworkPush
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
 from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
-from megatron_riskpo.rollout.server_pool import Response, ServerPool, responses_to
+from megatron_riskpo.rollout.server_pool import Response, Server, ServerPool, responses_to
 from megatron_riskpo.rollout.server_process import ServerProcess, server_processes
-from megatron_riskpo.rollout.server_push import Push
+from megatron_riskpo.rollout.server_push import FilePush, ServerUpdate
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 
 Weights = Iterable[NamedTensor]
@@ -66,7 +68,8 @@ class PushOutcome:
 
 class ServerEngine:
     """WholeWeightsEngine. `export`: the actor's weights as they are, collective, for servers that have to be given them
-    again; whenever the engine is called they are those of the last `update_weights`."""
+    again; whenever the engine is called they are those of the last `update_weights`. `shards`: this rank's own part of
+    them, for servers that get them over the network (config_servers.uses_network)."""
 
     shares_weights = False
 
@@ -79,6 +82,7 @@ class ServerEngine:
         folder: Path,
         export: Callable[[], Weights],
         log: Callable[[str], None],
+        shards: ActorShards | None = None,
     ) -> None:
         """Start the servers, or look for those given; waits until they are healthy. `folder`: for their logs.
         Collective. Raises RunError, on every rank, where one does not start."""
@@ -98,9 +102,13 @@ class ServerEngine:
         self._fleet: ServerFleet | None = None
         hosts = [""] * world_group.size()
         dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
+        self._network: NetworkPush | None = None
         try:
             self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
-        except RunError:
+            if shards is not None:
+                self._network = NetworkPush(config, shards, world_group, hosts, self._loop)
+                self._stack.callback(self._network.leave)
+        except RiskpoError:
             self.close()
             raise
         # First of all at the end: requests under way would take the end of the servers for a failure.
@@ -226,10 +234,10 @@ class ServerEngine:
             raise RunError(first)
         return sum(num for _, num, _ in views)
 
-    def update_weights(self, weights: Weights, version: int) -> None:
-        """See WholeWeightsEngine. Requests under way stop, keep their tokens, and go on with the new weights. A server
-        that fails is not used until it has been started, and given the weights, again. Collective. Raises RunError, on
-        every rank, where no server is left."""
+    def update_weights(self, weights: Weights, version: int) -> dict[str, float]:
+        """See WholeWeightsEngine; over the network `weights` is not read, each rank sends what it has. Requests under
+        way stop, keep their tokens, and go on with the new weights. A server that fails is not used until it has been
+        started, and given the weights, again. Collective. Raises RunError, on every rank, where no server is left."""
         self._pool.newest_version = version
         while True:
             outcome = self._push(weights, version)
@@ -239,24 +247,34 @@ class ServerEngine:
             weights = self._export()
         self._loop.run(self._pool.admit(outcome.urls))
         self._weight_version = version
+        return {} if self._network is None else self._network.metrics
 
     def _push(self, weights: Weights, version: int) -> PushOutcome:
-        """Rank 0 sends, the others take part in the export."""
+        """Rank 0 makes the calls, the others take part in the export, or send as well."""
         outcome = [PushOutcome([], {})]
-        if self._fleet is None:
+        if self._network is not None:
+            update = self._network.run(self._candidates, version)
+            if self._fleet is not None and update is not None:
+                outcome = [self._outcome(self._fleet, update, "")]
+        elif self._fleet is None:
             for _ in weights:
                 pass
         else:
-            outcome = [self._push_from_here(self._fleet, weights, version)]
+            outcome = [self._push_files(self._fleet, weights, version)]
         dist.broadcast_object_list(outcome, group=self._group, group_src=0)
         return outcome[0]
 
-    def _push_from_here(self, fleet: ServerFleet, weights: Weights, version: int) -> PushOutcome:
+    def _candidates(self) -> list[Server]:
+        """Rank 0's: the servers that can take weights. RunError where there are none any more."""
+        assert self._fleet is not None
+        return self._loop.run(self._pool.ready_at(self._fleet.addresses(), _PROBE_S))
+
+    def _push_files(self, fleet: ServerFleet, weights: Weights, version: int) -> PushOutcome:
         error = ""
         push = None
         try:
-            servers = self._loop.run(self._pool.ready_at(fleet.addresses(), _PROBE_S))
-            push = Push(servers, version, len(self._shapes), self._folder, self._config.server.push_timeout_s)
+            timeout_s = self._config.server.push_timeout_s
+            push = FilePush(self._candidates(), version, len(self._shapes), self._folder, timeout_s)
             self._loop.run(push.start())
             for bucket in bucketed(checked(weights, self._shapes), int(self._config.bridge.bucket_mib * 2**20)):
                 self._loop.run(push.send(bucket))
@@ -270,13 +288,17 @@ class ServerEngine:
             return PushOutcome([], {}, error)
         if error:
             self._loop.run(push.abandon())
-        for reason in push.failed.values():
+        return self._outcome(fleet, push, error)
+
+    def _outcome(self, fleet: ServerFleet, update: ServerUpdate, error: str) -> PushOutcome:
+        """Rank 0's: give up the servers that failed, and start them again."""
+        for reason in update.failed.values():
             self._log(f"rollout server given up: {reason}")
-        fleet.restart(list(push.failed))
-        urls = [server.client.url for server in push.alive]
+        fleet.restart(list(update.failed))
+        urls = [server.client.url for server in update.alive]
         if not urls and not error and not fleet.has_processes:
-            error = f"no rollout server is left: {'; '.join(push.failed.values()) or 'none is healthy'}"
-        return PushOutcome(urls, push.failed, error)
+            error = f"no rollout server is left: {'; '.join(update.failed.values()) or 'none is healthy'}"
+        return PushOutcome(urls, update.failed, error)
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Teacher-forced log-probs at temperature 1, as ScoringEngine, of one server: another one for each rank and

@@ -131,9 +131,9 @@ class RolloutEngine(SamplingEngine, Protocol):
 class WholeWeightsEngine(RolloutEngine, Protocol):
     """An engine that takes whole tensors (vLLM in the training processes takes slices: resharding/in_process.py)."""
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
         """Take new weights: (Hugging Face name, full tensor) pairs, the same on every rank; one that shares the actor's
-        reads none. `version` is what `weight_version` says afterwards; cached prefixes are dropped."""
+        reads none. `version` is what `weight_version` says afterwards; cached prefixes are dropped. Metrics of it."""
         ...
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,7 @@ def run_on_ranks(target: str, num_ranks: int, folder: Path, timeout_s: float = 3
     processes: list[BaseProcess] = []
     try:
         for rank in range(num_ranks):
-            process = _FORKS.Process(target=_main, args=(target, folder, rank, num_ranks))
-            process.start()
-            processes.append(process)
+            processes.append(fork(_main, target, folder, rank, num_ranks))
         codes = _wait(processes, time.monotonic() + timeout_s)
     finally:
         for process in processes:
@@ -41,6 +40,13 @@ def run_on_ranks(target: str, num_ranks: int, folder: Path, timeout_s: float = 3
         first = _log(folder, failed[0]).read_text()
         raise AssertionError(f"{target}: ranks {failed} of {num_ranks} failed; rank {failed[0]}:\n{first[-4000:]}")
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+
+
+def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that starts with what `preloaded` imports."""
+    process = _FORKS.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def _log(folder: Path, rank: int) -> Path:

@@ -26,7 +26,7 @@ from megatron_riskpo.planning.state_bytes import StateBytes
 from megatron_riskpo.planning.step_time import StepTime, plan_time
 from megatron_riskpo.planning.workload import fullest_micro_batch, workload
 from megatron_riskpo.resharding.plan import plan_rank
-from megatron_riskpo.resharding.plan_text import colocated_layout
+from megatron_riskpo.resharding.plan_text import planned_layout
 
 MODEL = {
     "model_type": "qwen2",
@@ -136,7 +136,7 @@ def test_a_sync_counts_what_the_bridge_moves_and_holds(toml) -> None:
     vllm = ("--rollout.engine", "vllm", "--bridge.bucket_mib", "8")
     config = config_of(toml, *vllm, "--actor.tp", "4", "--rollout.tp", "2")
     seconds, extra = sync_of(config, 4)
-    plans = [plan_rank(colocated_layout(config, MODEL, 4, 4), rank) for rank in range(4)]
+    plans = [plan_rank(planned_layout(config, MODEL, 4, 4), rank) for rank in range(4)]
     shard = count_parameters(MODEL) * 2 / 2
     assert max(plan.num_bytes(plan.receives) for plan in plans) == pytest.approx(shard, rel=0.01)
     remote = max(plan.num_bytes(plan.remote) for plan in plans) / (0.7 * 450e9)
@@ -255,6 +255,11 @@ WRONG = {
     "engine_split": (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, {}),
     "placement": (["--rollout.max_staleness", "1"], 1, {}),
     "server_urls": (["--rollout.engine", "vllm", *SERVER, "--rollout.server_urls", "ftp://x"], 1, {}),
+    "transport": (
+        ["--rollout.engine", "vllm", *SERVER, "--server.transport", "network", "--server.transfer_dir", "x"],
+        1,
+        {},
+    ),
     "stall_limit": (["--run.stall_limit_s", "60", "--bridge.timeout_s", "60"], 1, {}),
     "staleness_correction": (["--rollout.engine", "vllm", *SERVER, "--rollout.max_staleness", "1"], 1, {}),
     "start_timeout": (["--rollout.engine", "vllm", *SERVER, "--server.start_timeout_s", "9000"], 1, {}),

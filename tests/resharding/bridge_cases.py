@@ -24,10 +24,11 @@ class HfEngine:
         self.lag = 0
         self.spoil = 0.0
 
-    def update_weights(self, weights: Any, version: int) -> None:
+    def update_weights(self, weights: Any, version: int) -> dict[str, float]:
         for _ in weights:
             pass
         self.weight_version = version - self.lag
+        return {}
 
     def token_logprobs(self, sequences: list[list[int]]) -> list[torch.Tensor]:
         return [hf_token_logprobs(self.model, sequence) + self.spoil for sequence in sequences]

@@ -8,7 +8,7 @@ from megatron_riskpo.cli import main
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_io import load_config, load_model_config
 from megatron_riskpo.resharding.plan import plan_rank
-from megatron_riskpo.resharding.plan_text import colocated_layout
+from megatron_riskpo.resharding.plan_text import planned_layout
 from tests.tiny_models import make_tiny_qwen2
 
 
@@ -25,7 +25,7 @@ def test_a_line_a_rank_with_its_bytes(config, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "actor: 8 ranks, tp 2, pp 2, vp 1, cp 1, ep 1; rollout: 4 engines, tp 2"
     options = load_config(TrainConfig, config, [])
-    layout = colocated_layout(options, load_model_config(options.model.path), 8, 4)
+    layout = planned_layout(options, load_model_config(options.model.path), 8, 4)
     for rank, line in enumerate(lines[3:]):
         number, received, own, near, others, sent, peak = map(float, line.split())
         plan = plan_rank(layout, rank)
@@ -35,6 +35,17 @@ def test_a_line_a_rank_with_its_bytes(config, capsys):
         assert sent == pytest.approx(plan.num_bytes(plan.sends) / 2**20, abs=0.006)
         assert peak == pytest.approx(plan.peak_round_bytes / 2**20, abs=0.006)
     assert len(lines) == 11
+
+
+def test_servers_have_ranks_after_the_actors(config, capsys):
+    own = ["--rollout.placement", "server", "--rollout.servers", "3", "--server.transport", "network"]
+    assert main(["plan", "--bridge", "--gpus", "4", str(config), *own]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert " ".join(lines[0]).endswith("rollout: 3 engines, tp 2")
+    received, sent = [float(line[1]) for line in lines[3:]], [float(line[5]) for line in lines[3:]]
+    assert len(received) == 4 + 6
+    assert (received[:4], sent[4:]) == ([0.0] * 4, [0.0] * 6)
+    assert sum(received[4:]) == pytest.approx(sum(sent[:4]), abs=0.05)
 
 
 def test_the_transfers_of_a_rank(config, capsys):
@@ -54,7 +65,7 @@ def test_the_transfers_of_a_rank(config, capsys):
         (["--gpus-per-node", "0"], "--gpus-per-node 0: give 1 or more"),
         (["--json"], "without --json"),
         (["--dry-run"], "without --dry-run"),
-        (["--rollout.placement", "server"], "--bridge plans for vLLM in the training processes"),
+        (["--rollout.placement", "server"], 'or on servers with server.transport = "network", not for'),
         (["--bridge.verify", "true"], "expected one of none, probe, checksum, golden"),
     ],
 )

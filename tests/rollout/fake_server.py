@@ -94,9 +94,9 @@ class FakeServer:
 
 
 @contextmanager
-def fake_server(**state: Any) -> Iterator[FakeServer]:
-    """A running one."""
-    server, thread = FakeServer(**state), LoopThread()
+def fake_server(server: FakeServer | None = None, **state: Any) -> Iterator[FakeServer]:
+    """A running one, this one or one in that state."""
+    server, thread = server or FakeServer(**state), LoopThread()
     listener = socket.create_server(("127.0.0.1", 0))
     server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     runner = thread.run(_start(server, listener))

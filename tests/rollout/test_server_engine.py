@@ -3,25 +3,42 @@
 One server, started once, serves most tests. Not tested here: several machines, a GPU.
 """
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import signal
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from megatron_riskpo.config import BridgeConfig, TrainConfig
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.bucket_file import Bucket, write_bucket
 from megatron_riskpo.rollout import server_push
 from megatron_riskpo.rollout.server_engine import ServerEngine
 from megatron_riskpo.rollout.server_process import ServerProcess
 from megatron_riskpo.rollout.types import SamplingConfig
-from tests.server_runs import exporter, running_server, server_config, server_engine, signal_group, with_urls
+from tests.distributed.ranks import run_on_ranks
+from tests.resharding.in_process_cases import SMALL_BUCKET_MIB
+from tests.rollout import served_actor_cases
+from tests.rollout.fake_server import fake_server
+from tests.rollout.shard_server import ShardServer
+from tests.server_runs import (
+    exporter,
+    running_server,
+    server_config,
+    server_engine,
+    shards_of,
+    signal_group,
+    with_urls,
+)
 from tests.tiny_models import hf_token_logprobs, load_hf, make_tiny_qwen2
 from tests.vllm_engines import max_difference, single_rank, vllm_engine
 
@@ -29,6 +46,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [20], [5, 6, 7]]
 SEEDS = [3, 1, 2, 2**63 - 1]
+LAYOUTS: list[dict[str, Any]] = [{"tp": 2, "sequence_parallel": True}, {"pp": 2}]
 SAMPLING = SamplingConfig(group_size=4, max_response_tokens=24, temperature=0.7, stop_token_ids=(1, 2, 3))
 
 
@@ -61,6 +79,28 @@ def engine(url: str, models: dict[str, Path], tmp_path: Path, lines: list[str]) 
         yield engine
 
 
+@contextlib.contextmanager
+def networked(
+    config: TrainConfig, model: Path, folder: Path
+) -> Iterator[tuple[ServerEngine, Callable[[Path, int], None]]]:
+    """An engine whose weights go over the network, and a call that pushes a checkpoint."""
+    shards = shards_of(model)
+
+    def push(checkpoint: Path, version: int) -> None:
+        for name, tensor in shards_of(checkpoint).parameters.items():
+            shards.parameters[name].copy_(tensor)
+        engine.update_weights((), version)
+
+    with single_rank(), server_engine(config, folder, exporter(model), shards=shards) as engine:
+        yield engine, push
+
+
+def over_network(model: Path, *urls: str) -> TrainConfig:
+    """Of several rounds."""
+    bridge = BridgeConfig(bucket_mib=0.1, timeout_s=20.0, verify="checksum")
+    return dataclasses.replace(with_urls(server_config(model), *urls), bridge=bridge)
+
+
 def call(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """One of the server's own endpoints, past the engine."""
     data = None if body is None else json.dumps(body).encode()
@@ -80,6 +120,62 @@ def test_after_each_push_the_server_is_the_pushed_model(engine, models):
         sequences = [sequence.tolist() for sequence in rollouts.sequences()][:3]
         for sequence, logprobs in zip(sequences, engine.token_logprobs(sequences), strict=True):
             torch.testing.assert_close(logprobs, hf_token_logprobs(model, sequence), atol=1e-5, rtol=0)
+
+
+def test_a_push_over_the_network_that_another_server_breaks_is_made_again(models, url, tmp_path):
+    """The other one is played; this one had begun to load, and is right all the same."""
+    other = ShardServer(tmp_path, {1: "corruption"}, tp=1)
+    with (
+        fake_server(other),
+        networked(over_network(models["a"], url, other.url), models["a"], tmp_path) as (engine, push),
+    ):
+        other.compares = False
+        for version, name, num_servers in ((0, "a", 2), (1, "b", 1), (2, "a", 2), (3, "b", 2)):
+            push(models[name], version)
+            assert len(engine._pool.usable) == num_servers
+            other.version = "default"  # as after a restart
+            engine._loop.run(engine._pool.give_up_for_all([other.url]))
+            rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
+            assert max_difference(rollouts, load_hf(models[name]), SAMPLING.temperature) <= 1e-5
+            assert rollouts.weight_versions.tolist() == [version] * rollouts.rollout_logprobs.numel()
+            (size,) = {report["bytes_received"] for report in engine._network.reports}
+            assert size == sum(tensor.nbytes for tensor in load_file(models[name] / "model.safetensors").values())
+
+
+def check_actors(model: Path, url: str, tp: int, folder: Path) -> None:
+    """Two ranks, split in two ways, and their server: the same log-probs, from a shard's bytes each time."""
+    torch.save((str(model), url, tp, LAYOUTS), folder / "case.pt")
+    target = f"{served_actor_cases.__name__}:{served_actor_cases.outcomes.__name__}"
+    found, _ = run_on_ranks(target, 2, folder / "ranks")
+    assert len(found) == len(LAYOUTS)
+    for updates in found.values():
+        assert len({update["mean"] for update in updates}) == len(updates)
+        for update in updates:
+            assert update["difference"] <= 1e-5
+            sizes = [report["bytes_received"] for report in update["reports"]]
+            assert sizes == [shard_bytes(model, tp, rank) for rank in range(tp)]
+            assert update["bridge/received_mib"] == sizes[0] / 2**20
+            assert update["perf/pack_s"] < update["perf/push_s"]
+            assert update["bridge/peak_extra_mib"] <= 2 * SMALL_BUCKET_MIB
+
+
+def shard_bytes(model: Path, tp: int, rank: int) -> int:
+    """Norms are whole on each; vLLM pads the vocabulary to 64 rows, which nobody sends."""
+    tensors = load_file(model / "model.safetensors")
+    vocab = tensors.pop("model.embed_tokens.weight")
+    rows = -(-len(vocab) // 64) * 64 // tp
+    split = sum(tensor.nbytes // (1 if "norm" in name else tp) for name, tensor in tensors.items())
+    return split + vocab[rank * rows : (rank + 1) * rows].nbytes
+
+
+def test_actors_of_two_ranks_push_to_a_server_over_the_network(models, url, tmp_path):
+    check_actors(models["a"], url, 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_actors_of_two_ranks_push_to_two_workers(models, tmp_path):
+    with running_server(server_config(models["a"], tp=2), tmp_path / "server") as server:
+        check_actors(models["a"], server.wait(), 2, tmp_path)
 
 
 def test_samples_are_those_of_the_engine_in_process(engine, models):

@@ -144,10 +144,9 @@ def test_servers_run_on_nodes_of_their_own_and_end_with_the_run(submit: Submit) 
             "my.toml", "--rollout.tp", "4",
         ]  # fmt: skip
     urls = [json.loads((attempt / f"server_n1_{index}.json").read_text())["url"] for index in (0, 1)]
-    own = ["--server.transfer_dir", str(attempt / "transfer"), "--rollout.server_urls", *urls]
+    own = ["--rollout.server_urls", *urls]
     assert [words[0] for words in ranks] == ["n0", "n0"]
     assert [words[2:] for words in ranks] == [["train", "my.toml", *own, "--rollout.tp", "4"]] * 2
-    assert (attempt / "transfer").is_dir()
     assert len(list(job.folder.glob("ended.*"))) == 2
 
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -67,18 +67,17 @@ def launch(
     parcels = [(parcel, "waiting for") for parcel in receives] + [(parcel, "sending to") for parcel in sends]
     if not parcels:
         return []
-    operations = [
-        dist.P2POp(
-            dist.isend if action == "sending to" else dist.irecv,
-            parcel.buffer,
-            group=group,
-            group_peer=parcel.peer,
-        )
+    # Not dist.isend and dist.irecv: those know only groups made out of the process's default group.
+    device = parcels[0][0].buffer.device
+    is_batch = group._get_backend(device).supports_coalescing  # NCCL: one launch, and one handle
+    if is_batch:
+        group._start_coalescing(device)
+    works: list[Any] = [
+        (group.send if action == "sending to" else group.recv)([parcel.buffer], parcel.peer, 0)
         for parcel, action in parcels
     ]
-    works = dist.batch_isend_irecv(operations)
-    if len(works) == 1:  # NCCL has one handle for a batch
-        works = works * len(parcels)
+    if is_batch:
+        works = [group._end_coalescing(device)] * len(parcels)
     return [(parcel, action, work) for (parcel, action), work in zip(parcels, works, strict=True)]
 
 

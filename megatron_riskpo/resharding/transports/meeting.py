@@ -1,0 +1,156 @@
+"""A process group of processes that have no default group in common: the trainer's ranks and the servers' workers.
+
+They meet at a store of the trainer's first rank. Each says that it is there and waits for the others, so that who does
+not come can be named, and a meeting can be called off; a group that is being made can be neither. Then each sends its
+neighbour a number, by which all links, and NCCL's communicator, are made now and not in the middle of a push.
+"""
+
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, reason_of
+from megatron_riskpo.resharding.transports.gloo import GlooTransport
+from megatron_riskpo.resharding.transports.nccl import NcclTransport
+
+GroupTransport = GlooTransport | NcclTransport
+
+_POLL_S = 0.02
+_ARRIVED, _CALLED_OFF = "arrived", "called_off"
+LOST_PEER = "(peer lost)"
+"""In what a server answers whose workers are well, but another member of the group is not."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the members of a group meet; JSON-able."""
+
+    address: str
+    port: int
+    prefix: str
+    """Of the store's keys: another one for each group."""
+    num_ranks: int
+    timeout_s: float
+
+
+def is_link_error(error: RunError) -> bool:
+    """Whether another member, or the way to it, is at fault."""
+    return isinstance(error.__cause__, (PeerError, RuntimeError))
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine from which it reaches `host`. Raises RunError where it cannot."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:  # of a datagram socket connect() only chooses the route
+            probe.connect(where)
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise RunError(f"there is no way to {host} for the weights of rollout servers: {error}") from error
+
+
+def open_store(address: str) -> dist.TCPStore:
+    """A store that listens on this address alone. Raises RunError where it cannot."""
+    try:
+        family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((address, 0), family=family)
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )  # fmt: skip
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"the ranks cannot listen on {address} for rollout servers: {reason_of(error)}") from error
+
+
+def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """The store of another process. Raises RunError where it is not reached in time."""
+    try:
+        timeout = timedelta(seconds=timeout_s)
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    except RuntimeError as error:
+        raise RunError(f"the trainer's store at {address}:{port} is not reached: {reason_of(error)}") from error
+
+
+def join(store: dist.Store, meeting: Meeting, rank: int, device: torch.device) -> GroupTransport:
+    """Become a member of the group: gloo for CPU tensors, NCCL for a GPU's. Collective over its members; RunError,
+    within about twice the meeting's time-out, where not all come."""
+    keys = dist.PrefixStore(meeting.prefix, store)
+    try:
+        _arrive(keys, meeting, rank)
+        make = _nccl if device.type == "cuda" else _gloo
+        transport = make(keys, meeting, rank)
+        _greet(transport, meeting, rank, device)
+    except (PeerError, RuntimeError) as error:
+        raise RunError(f"rank {rank} of {meeting.num_ranks} found no group: {reason_of(error)}") from error
+    return transport
+
+
+def leave(transport: GroupTransport) -> None:
+    """End what is under way in the group. Its links, by whose end others see that they wait in vain, are closed when
+    the last reference to the transport is gone."""
+    transport.group.abort()
+
+
+def call_off(store: dist.Store, meeting: Meeting, reason: str) -> None:
+    """Have those that wait in `join` wait no longer."""
+    dist.PrefixStore(meeting.prefix, store).set(_CALLED_OFF, reason)
+
+
+def _arrive(keys: dist.Store, meeting: Meeting, rank: int) -> None:
+    keys.set(str(rank), "")
+    keys.add(_ARRIVED, 1)
+    deadline = time.monotonic() + meeting.timeout_s
+    while keys.add(_ARRIVED, 0) < meeting.num_ranks:
+        missing = [other for other in range(meeting.num_ranks) if not keys.check([str(other)])]
+        if missing and keys.check([_CALLED_OFF]):
+            raise PeerError(missing[0], "waiting for", keys.get(_CALLED_OFF).decode())
+        if missing and time.monotonic() > deadline:
+            raise PeerError(missing[0], "waiting for", f"of {len(missing)} none came in {meeting.timeout_s:g} s")
+        time.sleep(_POLL_S)
+
+
+def _gloo(keys: dist.Store, meeting: Meeting, rank: int) -> GlooTransport:
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    # Not by the host's name, which many machines do not know, nor by what was set for the ranks among themselves.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(meeting.address))]
+    options._timeout = timedelta(seconds=meeting.timeout_s)
+    backend = dist.ProcessGroupGloo(keys, rank, meeting.num_ranks, options)
+    kind = dist.ProcessGroup.BackendType.GLOO
+    return GlooTransport(_group(keys, meeting, rank, backend, kind, torch.device("cpu")))
+
+
+def _nccl(keys: dist.Store, meeting: Meeting, rank: int) -> NcclTransport:
+    options: Any = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=meeting.timeout_s)
+    backend = dist.ProcessGroupNCCL(keys, rank, meeting.num_ranks, options)
+    kind = dist.ProcessGroup.BackendType.NCCL
+    return NcclTransport(_group(keys, meeting, rank, backend, kind, torch.device("cuda")))
+
+
+def _group(
+    keys: dist.Store, meeting: Meeting, rank: int, backend: Any, kind: Any, device: torch.device
+) -> dist.ProcessGroup:
+    group = dist.ProcessGroup(keys, rank, meeting.num_ranks)
+    group._set_default_backend(kind)
+    backend._set_sequence_number_for_group()
+    group._register_backend(device, kind, backend)
+    return group
+
+
+def _greet(transport: GroupTransport, meeting: Meeting, rank: int, device: torch.device) -> None:
+    """All members at once: NCCL makes its communicator in the first batch, for which it needs them all."""
+    size, deadline = meeting.num_ranks, time.monotonic() + meeting.timeout_s
+    own, other = (torch.full((1,), rank, dtype=torch.int64, device=device) for _ in range(2))
+    before, after = (rank - 1) % size, (rank + 1) % size
+    greeting = transport.start([Parcel(after, own)], [Parcel(before, other)])
+    greeting.receive(deadline)
+    greeting.release()
+    greeting.drain(deadline)
+    if other.item() != before:
+        raise PeerError(before, "waiting for", f"it says that it is rank {other.item()}")

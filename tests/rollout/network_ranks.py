@@ -1,0 +1,74 @@
+"""One of two ranks of a trainer that pushes version after version to servers over the network; says how each push went
+in outcome_RANK.json. Parameters are made up: those of version v are v larger than those of version 0."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_riskpo.config import BridgeConfig, RolloutConfig, ServerConfig, TrainConfig
+from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.actor_shards import ActorShards
+from megatron_riskpo.resharding.layouts import ActorLayout
+from megatron_riskpo.resharding.schedule import BridgeLayout
+from megatron_riskpo.rollout import network_push
+from megatron_riskpo.rollout.loop_thread import LoopThread
+from megatron_riskpo.rollout.network_push import NetworkPush
+from megatron_riskpo.rollout.server_client import ServerClient
+from megatron_riskpo.rollout.server_engine import open_session
+from megatron_riskpo.rollout.server_pool import Server
+from tests.resharding.fault_ranks import MODEL
+from tests.resharding.whole_model import actor_parameters
+from tests.rollout.shard_server import TP
+
+NUM_RANKS = 2
+TIMEOUT_S = 2.0
+DEAD_RANK = "dead rank"
+ACTOR = ActorLayout(NUM_RANKS, pp=2)
+
+
+def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
+    """`steps`: a push each; `DEAD_RANK`: rank 1 is killed in it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=NUM_RANKS)
+    config = TrainConfig(
+        bridge=BridgeConfig(bucket_mib=2**-3, timeout_s=TIMEOUT_S, verify="checksum"),
+        rollout=RolloutConfig(placement="server", server_urls=tuple(urls), tp=TP),
+        server=ServerConfig(push_timeout_s=10.0),
+    )
+    loop = LoopThread()
+    session = loop.run(open_session())
+    layout = BridgeLayout.served(MODEL, ACTOR, TP, len(urls), 8, config.bridge.bucket_mib, NUM_RANKS)
+    shards = ActorShards(
+        MODEL, ACTOR, {name: tensor.clone() for name, tensor in actor_parameters(layout, rank).items()}
+    )
+    push = NetworkPush(config, shards, dist.group.WORLD, ["here"] * NUM_RANKS, loop)  # type: ignore[arg-type]
+    outcomes = []
+    for version, step in enumerate(steps):
+        outcomes.append(outcome(push, urls, session, version, is_victim=step == DEAD_RANK and rank == 1))
+        failed = outcomes[-1].get("failed", {})
+        urls = [url for url in urls if url not in failed or "corrupted" in failed[url]]
+        for tensor in shards.parameters.values():
+            tensor += 1
+    (folder / f"outcome_{rank}.json").write_text(json.dumps(outcomes))
+    os._exit(0)
+
+
+def outcome(push: NetworkPush, urls: list[str], session: Any, version: int, *, is_victim: bool) -> dict[str, Any]:
+    start = time.monotonic()
+    found: dict[str, Any] = {}
+    if is_victim:
+        network_push.WeightPush.run = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+    try:
+        update = push.run(lambda: [Server(ServerClient(url, session)) for url in urls], version)
+        if update is not None:
+            found = {"alive": [server.client.url for server in update.alive], "failed": update.failed}
+            found |= {"reports": push.reports, "metrics": push.metrics}
+    except RunError as error:
+        found = {"error": str(error)}
+    return found | {"seconds": time.monotonic() - start, "num_groups": push._num_groups}

@@ -1,0 +1,76 @@
+"""A server for pushes over the network, as a process: HTTP and receivers are real, the model is plain memory.
+
+Its two workers are threads. What goes wrong in it is told by the version of a push.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from aiohttp import web
+
+from megatron_riskpo.resharding.memory_sink import MemorySink
+from megatron_riskpo.resharding.network_receiver import ShardReceiver
+from tests.resharding.fault_ranks import VICTIM, FaultyTransport
+from tests.resharding.whole_model import rollout_parameters
+from tests.rollout.fake_server import FakeServer, fake_server
+
+TP = 2
+
+
+class ShardServer(FakeServer):
+    """`faults`: SIGKILL, SIGSTOP or corruption, by version."""
+
+    def __init__(self, folder: Path, faults: dict[int, str], tp: int = TP) -> None:
+        super().__init__(version="default")
+        self.folder, self.faults, self.tp = folder, faults, tp
+        self.compares = True
+        """With the made-up parameters of whole_model.py."""
+        self.receivers: list[ShardReceiver] = []
+        self.sinks: list[MemorySink] = []
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        work = {"/init_weight_transfer_engine": self.join, "/update_weights": self.receive}.get(request.path)
+        if work is None:
+            return await super().handle(request)
+        body = await request.json()
+        calls = (asyncio.to_thread(work, body, rank) for rank in range(self.tp))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:  # as in vLLM's executor the first worker's hides the others'
+            return web.json_response({"error": {"message": str(errors[0])}}, status=500)
+        if request.path == "/init_weight_transfer_engine":
+            self.receivers = results  # type: ignore[assignment]
+        return web.json_response({})
+
+    def join(self, body: dict[str, Any], rank: int) -> ShardReceiver:
+        assert body["init_info"]["transport"] == "network"
+        return ShardReceiver(body["init_info"]["options"], rank, self.tp, torch.device("cpu"))
+
+    def receive(self, body: dict[str, Any], rank: int) -> None:
+        version, receiver = body["update_info"]["content"]["version"], self.receivers[rank]
+        fault = self.faults.get(version)
+        if fault and rank == self.tp - 1:
+            # No name for the push here: who keeps it keeps its links.
+            receiver._running()._transport = FaultyTransport(receiver._running()._transport, VICTIM, fault, self.folder)
+        sink = MemorySink(receiver.layout, rank, receiver._running()._parameters[""])
+        report = receiver.receive(sink, version)
+        receiver.tell(report, 0.25, version)
+        if self.compares and not is_whole(receiver, rank, sink, version):
+            raise RuntimeError("other numbers than the trainer has")
+
+
+def is_whole(receiver: ShardReceiver, rank: int, sink: MemorySink, version: int) -> bool:
+    expected = rollout_parameters(receiver.layout, rank)
+    same = (torch.equal(tensor, expected[name][: len(tensor)] + version) for name, tensor in sink.parameters.items())
+    return not any(sink.missing.values()) and all(same)
+
+
+def main(folder: Path, faults: dict[int, str]) -> None:
+    """Until it is killed; its address is in folder/url."""
+    with fake_server(ShardServer(folder, faults)) as server:
+        (folder / "url.part").write_text(server.url)
+        (folder / "url.part").replace(folder / "url")
+        time.sleep(600)

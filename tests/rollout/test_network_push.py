@@ -1,0 +1,110 @@
+"""Pushes of two trainer ranks to two servers of two workers each, over the network, and what becomes of them where a
+server, a bucket or a rank is lost. The workers compare what they get with whole tensors cut by hand.
+
+Processes, HTTP and gloo are real; vLLM's part is played (shard_server.py). With vLLM: test_server_engine.py.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_riskpo.resharding.transports.meeting import LOST_PEER
+from megatron_riskpo.rollout.joint_calls import at_fault
+from megatron_riskpo.rollout.network_push import store_address
+from tests.distributed.ranks import fork
+from tests.resharding.fault_ranks import MODEL
+from tests.rollout import network_ranks, shard_server
+from tests.rollout.network_ranks import DEAD_RANK, NUM_RANKS, TIMEOUT_S
+
+
+@contextlib.contextmanager
+def processes(target: Callable[..., None], arguments: Sequence[tuple]) -> Iterator[list[BaseProcess]]:
+    started = [fork(target, *of) for of in arguments]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def url_of(folder: Path) -> str:
+    deadline = time.monotonic() + 120
+    while not (folder / "url").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return (folder / "url").read_text()
+
+
+def pushes(tmp_path: Path, steps: list[str], faults: list[dict[int, str]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The servers' addresses, and how each push went on rank 0. `faults`: of each server, by version."""
+    folders = [tmp_path / str(index) for index in range(len(faults))]
+    for folder in folders:
+        folder.mkdir()
+    with processes(shard_server.main, list(zip(folders, faults, strict=True))):
+        urls = [url_of(folder) for folder in folders]
+        with processes(network_ranks.main, [(urls, steps, tmp_path, rank) for rank in range(NUM_RANKS)]) as ranks:
+            ranks[0].join(timeout=120)
+            assert ranks[0].exitcode == 0
+    return urls, json.loads((tmp_path / "outcome_0.json").read_text())
+
+
+def shard_bytes() -> int:
+    """Of each of two workers, from config.json: halves of all matrices and of the qkv biases; norms are whole."""
+    hidden, mlp, layers, vocab = (
+        MODEL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    qkv = hidden + 2 * hidden * MODEL["num_key_value_heads"] // MODEL["num_attention_heads"]
+    matrices = vocab * hidden + layers * (hidden * (qkv + hidden + 3 * mlp) + qkv)
+    return 8 * (matrices // 2 + (2 * layers + 1) * hidden)
+
+
+def test_what_fails_is_given_up_and_the_others_get_the_weights(tmp_path):
+    steps = ["none", "none again", "corruption", "SIGKILL", "SIGSTOP", DEAD_RANK]
+    (first, second, third), outcomes = pushes(
+        tmp_path, steps, [{}, {2: "corruption", 3: "SIGKILL"}, {4: "SIGSTOP"}]
+    )  # fmt: skip
+    found = dict(zip(steps, outcomes, strict=True))
+    print(*(f"{step}: {outcome['seconds']:.1f} s" for step, outcome in found.items()), sep="\n")
+    alive = [[first, second, third]] * 2 + [[first, third]] * 2 + [[first]]
+    for step, urls in zip(steps[:-1], alive, strict=True):
+        assert found[step]["alive"] == urls, found[step]
+        # The workers themselves have compared what they got.
+        assert [report["bytes_received"] for report in found[step]["reports"]] == [shard_bytes()] * 2 * len(urls)
+        assert found[step]["metrics"]["bridge/received_mib"] == shard_bytes() / 2**20
+        assert all(report["peak_extra_bytes"] <= 2**18 for report in found[step]["reports"])
+        assert found[step]["seconds"] < 4 * TIMEOUT_S
+    assert [found[step]["num_groups"] for step in steps[:2]] == [1, 1]
+    reasons = {step: found[step]["failed"] for step in steps[2:-1]}
+    assert [list(of) for of in reasons.values()] == [[second], [second], [third]]
+    assert "bucket of round" in reasons["corruption"][second]
+    assert "is corrupted: of " in reasons["corruption"][second]
+    assert "cannot be reached" in reasons["SIGKILL"][second]
+    assert f"did not answer within {TIMEOUT_S:g} s" in reasons["SIGSTOP"][third]
+    assert "(the push of version 5)" in found[DEAD_RANK]["error"]
+    assert found[DEAD_RANK]["error"].endswith("who has not come is [1]")
+    assert found[DEAD_RANK]["seconds"] < 4 * TIMEOUT_S
+
+
+def test_who_is_given_up():
+    lost, own, silent = f"answered 500: {LOST_PEER} rank 3", "answered 500: no memory", "did not answer within 3 s"
+    assert at_fault({"a": "", "b": ""}) == {}
+    assert at_fault({"a": lost, "b": own, "c": ""}) == {"b": own}
+    assert at_fault({"a": lost, "b": silent}) == {"b": silent}
+    # The ranks are well, and the others, too: it is the way to this one.
+    assert at_fault({"a": lost, "b": ""}) == {"a": lost}
+
+
+def test_ranks_listen_beyond_this_machine_only_for_servers_elsewhere(monkeypatch):
+    monkeypatch.setattr(
+        "megatron_riskpo.rollout.network_push.address_towards",
+        {"localhost": "::1", "127.0.0.1": "127.0.0.1", "node7": "10.0.0.4", "b": "10.1.0.4"}.__getitem__,
+    )
+    assert store_address((), ["a", "a"]) == "127.0.0.1"
+    assert store_address(("http://localhost:8000", "http://127.0.0.1:8001"), ["a", "a"]) == "127.0.0.1"
+    assert store_address(("http://localhost:8000", "http://node7:8000"), ["a", "a"]) == "10.0.0.4"
+    assert store_address(("http://127.0.0.1:8000",), ["a", "b"]) == "10.1.0.4"
