@@ -49,11 +49,11 @@ def write_model(folder: Path, num_layers: int, hidden_size: int) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def on_ranks(task: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def on_ranks(task: dict[str, Any], folder: Path, script: Path = RANK_SCRIPT) -> list[dict[str, Any]]:
     """Each rank's report."""
     file = folder / "task.json"
     file.write_text(json.dumps(task))
-    code = launch([sys.executable, str(RANK_SCRIPT), str(file)], NUM_RANKS)
+    code = launch([sys.executable, str(script), str(file)], NUM_RANKS)
     if code:
         raise RunError(f"the benchmark's ranks ended with exit code {code}; see the output above")
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(NUM_RANKS)]
