@@ -43,15 +43,16 @@ class CodeGrader:
         self._runner.close()
 
     def _num_passed(self, program: str, cases: Sequence[Case], tests: Sequence[Mapping[str, Any]]) -> int:
-        """Stops at the first failure where one is enough to know the score."""
+        """Stops at the first failure where one is enough to know the score; what passes too late does not count."""
         deadline = time.monotonic() + self._options.program_timeout_s
         num_passed = 0
-        results = self._runner.run(program, cases)
+        results = self._runner.run(program, cases, deadline)
         try:
             for test, result in zip(tests, results, strict=True):
-                passed = is_passed(test, result)
+                in_time = time.monotonic() <= deadline
+                passed = in_time and is_passed(test, result)
                 num_passed += passed
-                if time.monotonic() > deadline or not (passed or self._options.partial_credit):
+                if not in_time or not (passed or self._options.partial_credit):
                     break
         finally:
             results.close()

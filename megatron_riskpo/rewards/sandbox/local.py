@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_riskpo.rewards.sandbox import as_nobody, bubblewrap
-from megatron_riskpo.rewards.sandbox.contract import Case, CaseResult, SandboxError
+from megatron_riskpo.rewards.sandbox.contract import GRACE_S, Case, CaseResult, SandboxError, wall_limit_s
 from megatron_riskpo.rewards.sandbox.seccomp import SeccompMissing, program_filter, sandbox_filter
 
 ZYGOTE = (Path(__file__).parent / "zygote.py").read_text(encoding="utf-8")
-WALL_PER_CPU_S = 4
-"""Wall-clock seconds that a test gets a second of CPU time: other processes want the cores, too."""
-GRACE_S = 10.0
-"""For the sandbox to answer beside the test's own time; beyond it the sandbox has failed."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Limits:
     """Of each test."""
 
     cpu_s: float = 4.0
-    """CPU time, in seconds (the kernel rounds up); wall clock: WALL_PER_CPU_S times as long."""
+    """CPU time, in seconds (the kernel rounds up); wall clock: contract.wall_limit_s."""
     memory_bytes: int = 512 << 20
     """Address space."""
     output_bytes: int = 1 << 20
@@ -49,8 +45,8 @@ class Limits:
             "RLIMIT_MSGQUEUE": 0,
         }  # fmt: skip
         return {
-            "program": program, "limits": limits, "wall_s": self.cpu_s * WALL_PER_CPU_S,
-            "max_output": self.output_bytes, "filter": base64.b64encode(program_filter()).decode(),
+            "program": program, "limits": limits, "max_output": self.output_bytes,
+            "filter": base64.b64encode(program_filter()).decode(),
         }  # fmt: skip
 
 
@@ -62,14 +58,16 @@ class LocalRunner:
         self._limits = limits or Limits()
         self._spare: Sandbox | None = Sandbox(self._limits)
 
-    def run(self, program: str, cases: Sequence[Case]) -> Generator[CaseResult, None, None]:
+    def run(
+        self, program: str, cases: Sequence[Case], deadline: float = math.inf
+    ) -> Generator[CaseResult, None, None]:
         """See CodeRunner."""
         sandbox: Sandbox | None = None
         try:
             for case in cases:
                 if sandbox is None:
                     sandbox = self._take(program)
-                result, clean = sandbox.run(case)
+                result, clean = sandbox.run(case, wall_limit_s(self._limits.cpu_s, deadline))
                 if not clean:
                     sandbox.close()
                     sandbox = None
@@ -124,10 +122,10 @@ class Sandbox:
         """Say which program the cases are for."""
         self._send(self._limits.job(program), time.monotonic() + GRACE_S)
 
-    def run(self, case: Case) -> tuple[CaseResult, bool]:
+    def run(self, case: Case, wall_s: float) -> tuple[CaseResult, bool]:
         """(what it came to, whether the sandbox is as it was before). Raises SandboxError."""
-        deadline = time.monotonic() + self._limits.cpu_s * WALL_PER_CPU_S + GRACE_S
-        self._send(dataclasses.asdict(case), deadline)
+        deadline = time.monotonic() + wall_s + GRACE_S
+        self._send(dataclasses.asdict(case) | {"wall_s": wall_s}, deadline)
         reply = self._read(deadline)
         output = base64.b64decode(reply["output"]).decode("utf-8", errors="replace")
         return CaseResult(reply["status"], output), reply["clean"]

@@ -5,17 +5,16 @@ the arguments from stdin and prints the value behind a mark.
 """
 
 import json
+import math
 import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_riskpo.rewards.http_json import ServerError, post_json
-from megatron_riskpo.rewards.sandbox.contract import Case, CaseResult, SandboxError
+from megatron_riskpo.rewards.sandbox.contract import GRACE_S, Case, CaseResult, SandboxError, wall_limit_s
 
-WALL_PER_CPU_S = 4
-"""Wall-clock seconds that a test gets a second of CPU time."""
-GRACE_S = 10.0
 MAX_OUTPUT = 1 << 20
 CALLER = """
 
@@ -36,23 +35,24 @@ class _ServerRunner:
     cpu_s: float
     memory_mib: int
 
-    def run(self, program: str, cases: Sequence[Case]) -> Generator[CaseResult, None, None]:
+    def run(
+        self, program: str, cases: Sequence[Case], deadline: float = math.inf
+    ) -> Generator[CaseResult, None, None]:
         """See CodeRunner."""
         for case in cases:
-            yield _in_case(program, case, self._request)
+            yield _in_case(program, case, partial(self._request, wall_s=wall_limit_s(self.cpu_s, deadline)))
 
     def close(self) -> None:
         """Nothing is kept."""
 
-    def _request(self, program: str, stdin: str) -> CaseResult:
+    def _request(self, program: str, stdin: str, wall_s: float) -> CaseResult:
         raise NotImplementedError
 
 
 class SandboxFusionRunner(_ServerRunner):
     """SandboxFusion: POST /run_code."""
 
-    def _request(self, program: str, stdin: str) -> CaseResult:
-        wall_s = self.cpu_s * WALL_PER_CPU_S
+    def _request(self, program: str, stdin: str, wall_s: float) -> CaseResult:
         payload = {
             "code": program, "language": "python", "stdin": stdin, "run_timeout": wall_s, "compile_timeout": wall_s,
             "memory_limit_MB": self.memory_mib, "files": {}, "fetch_files": [],
@@ -71,8 +71,8 @@ class NemoSkillsRunner(_ServerRunner):
     """nemo-skills' sandbox server: POST /execute. It does not tell a program's exit code, so that a mark at the end
     of standard output says that the program came to its end. The server has a memory limit of its own."""
 
-    def _request(self, program: str, stdin: str) -> CaseResult:
-        wall_s, mark = self.cpu_s * WALL_PER_CPU_S, secrets.token_hex(16)
+    def _request(self, program: str, stdin: str, wall_s: float) -> CaseResult:
+        mark = secrets.token_hex(16)
         payload = {
             "generated_code": f"{program}\nprint({mark!r}, end='', flush=True)\n", "std_input": stdin,
             "timeout": wall_s, "language": "python", "max_output_characters": MAX_OUTPUT,

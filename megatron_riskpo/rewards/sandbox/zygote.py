@@ -1,7 +1,7 @@
 """Runs inside the sandbox, as its first process: one fork a test, nothing kept from one to the next.
 
 Standard library only, and no import of the project: the source is handed to the sandbox's interpreter as text. Reads
-JSON lines from stdin: first the program with its limits, then cases (contract.Case); answers each case with one line.
+JSON lines from stdin: first the program with its limits, then cases (contract.Case, and wall_s); answers each case with one line.
 Being process 1 of its namespace, it cannot be killed or stopped by anything in there, and all that is left of a test is
 killed after it. It knows no expected outputs: a program that took it over could still not pass itself.
 """
@@ -56,7 +56,7 @@ def _run(job: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
         _child(job, case, stdin, writer)
     os.close(writer)
     os.close(stdin)
-    status, output = _watch(child, reader, job)
+    status, output = _watch(child, reader, case["wall_s"], job["max_output"])
     os.close(reader)
     return {"status": status, "output": base64.b64encode(output).decode()}
 
@@ -72,9 +72,9 @@ def _sealed(content: bytes) -> int:
     return file
 
 
-def _watch(child: int, reader: int, job: dict[str, Any]) -> tuple[str, bytes]:
+def _watch(child: int, reader: int, wall_s: float, max_output: int) -> tuple[str, bytes]:
     """Collect the child's output until it ends, is too late, or has written too much; then nothing is left of it."""
-    deadline = time.monotonic() + job["wall_s"]
+    deadline = time.monotonic() + wall_s
     ended = os.pidfd_open(child)
     poller = select.poll()
     poller.register(reader, select.POLLIN)
@@ -84,9 +84,9 @@ def _watch(child: int, reader: int, job: dict[str, Any]) -> tuple[str, bytes]:
     while not status:
         ready = dict(poller.poll(max(deadline - time.monotonic(), 0) * 1000))
         # Once more after the end: what was written before it is still in the pipe.
-        if (reader in ready or ended in ready) and _drain(reader, output, job["max_output"]) and reader in ready:
+        if (reader in ready or ended in ready) and _drain(reader, output, max_output) and reader in ready:
             poller.unregister(reader)
-        if len(output) > job["max_output"]:
+        if len(output) > max_output:
             status = "output"
         elif ended in ready:
             status = "ended"
@@ -96,7 +96,7 @@ def _watch(child: int, reader: int, job: dict[str, Any]) -> tuple[str, bytes]:
     code = _end(child)
     if status == "ended":
         status = "timeout" if code == -signal.SIGXCPU else "ok" if code == 0 else "failed"
-    return status, bytes(output[: job["max_output"]])
+    return status, bytes(output[:max_output])
 
 
 def _drain(reader: int, output: bytearray, limit: int) -> bool:

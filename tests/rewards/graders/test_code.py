@@ -6,8 +6,11 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_riskpo.rewards.graders.code import CodeGrader, same_output
-from megatron_riskpo.rewards.options import CodeOptions
+from megatron_riskpo.rewards.options import CodeOptions, GraderOptions
+from megatron_riskpo.rewards.pool import Grade, GraderPool
 from megatron_riskpo.rewards.program_text import program_of
+from megatron_riskpo.rewards.reference import Reference
+from megatron_riskpo.rewards.sandbox.contract import CaseResult
 from tests.sandboxes import needs_sandbox
 
 pytestmark = needs_sandbox
@@ -106,13 +109,35 @@ def test_state_does_not_go_from_test_to_test_nor_from_program_to_program(grader)
 
 
 def test_all_tests_of_a_program_share_a_limit():
-    grader = CodeGrader(CodeOptions(test_cpu_s=5.0, program_timeout_s=0.5, partial_credit=True))
+    grader = CodeGrader(CodeOptions(test_cpu_s=5.0, program_timeout_s=1.0, partial_credit=True))
     start = time.monotonic()
     fields = {"tests": [{"output": "1"}] * 50}
     share = grader(fenced("import time\ntime.sleep(0.3)\nprint(1)"), "", fields)
     grader.close()
-    assert 0 < share < 0.5
+    assert share <= 0.06, "three tests take 0.9 s"
     assert time.monotonic() - start < 15
+
+
+def test_a_slow_program_is_wrong_and_no_error():
+    """One test alone may take 16 s; the pool would kill the worker after 11."""
+    code = CodeOptions(program_timeout_s=1.0)
+    slow = Reference("", "code", fields={"tests": [{"output": "1"}]})
+    with GraderPool(["code"], 1, GraderOptions(code=code)) as pool:
+        assert pool.score([fenced("import time\ntime.sleep(14.8)\nprint(1)")], [slow]) == [Grade(0.0)]
+        assert pool.num_restarts == 0
+
+
+def test_what_passes_too_late_does_not_count(partial, monkeypatch: pytest.MonkeyPatch):
+    """A server may keep no time-out of ours."""
+
+    def late(program: str, cases: list, deadline: float) -> Iterator[CaseResult]:
+        yield CaseResult("ok", "0")
+        time.sleep(max(deadline - time.monotonic(), 0) + 0.01)
+        yield from [CaseResult("ok", "9"), CaseResult("ok", "16"), CaseResult("ok", "144")]
+
+    monkeypatch.setattr(partial._runner, "run", late)
+    monkeypatch.setattr(partial, "_options", CodeOptions(program_timeout_s=0.3, partial_credit=True))
+    assert partial(fenced("print(int(input()) ** 2)"), "", SQUARES) == 0.25
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -154,6 +155,17 @@ def test_all_backends_say_the_same(url: str, backend: str, program: str, case: C
         assert result.output == output
     elif case.function == "A.f":
         assert json.loads(result.output) == ["é"]
+
+
+@pytest.mark.parametrize("backend", [pytest.param("bubblewrap", marks=needs_sandbox), "sandbox_fusion", "nemo_skills"])
+def test_what_runs_at_the_deadline_is_a_timeout(url: str, backend: str):
+    """By itself a test may take 16 s."""
+    runner = code_runner(CodeOptions(backend=backend, url=url))
+    start = time.monotonic()
+    results = list(runner.run("import time\ntime.sleep(12)", [Case(), Case()], start + 0.3))
+    runner.close()
+    assert [result.status for result in results] == ["timeout", "timeout"]
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("backend", ["sandbox_fusion", "nemo_skills"])
