@@ -47,9 +47,7 @@ class CaseResult:
 class CodeRunner(Protocol):
     """A place in which programs that nobody trusts are run."""
 
-    def run(
-        self, program: str, cases: Sequence[Case], deadline: float = math.inf
-    ) -> Generator[CaseResult, None, None]:
+    def run(self, program: str, cases: Sequence[Case], deadline: float = math.inf) -> Generator[CaseResult, None, None]:
         """The results of the cases in order, each made when it is asked for; what still runs at the deadline
         (time.monotonic) ends there, as a timeout. Closing the generator ends the sandbox. No case sees another's
         state, no program another program. Raises SandboxError where the sandbox does not work."""

@@ -58,9 +58,7 @@ class LocalRunner:
         self._limits = limits or Limits()
         self._spare: Sandbox | None = Sandbox(self._limits)
 
-    def run(
-        self, program: str, cases: Sequence[Case], deadline: float = math.inf
-    ) -> Generator[CaseResult, None, None]:
+    def run(self, program: str, cases: Sequence[Case], deadline: float = math.inf) -> Generator[CaseResult, None, None]:
         """See CodeRunner."""
         sandbox: Sandbox | None = None
         try:

@@ -35,9 +35,7 @@ class _ServerRunner:
     cpu_s: float
     memory_mib: int
 
-    def run(
-        self, program: str, cases: Sequence[Case], deadline: float = math.inf
-    ) -> Generator[CaseResult, None, None]:
+    def run(self, program: str, cases: Sequence[Case], deadline: float = math.inf) -> Generator[CaseResult, None, None]:
         """See CodeRunner."""
         for case in cases:
             yield _in_case(program, case, partial(self._request, wall_s=wall_limit_s(self.cpu_s, deadline)))

@@ -1,9 +1,10 @@
 """Runs inside the sandbox, as its first process: one fork a test, nothing kept from one to the next.
 
 Standard library only, and no import of the project: the source is handed to the sandbox's interpreter as text. Reads
-JSON lines from stdin: first the program with its limits, then cases (contract.Case, and wall_s); answers each case with one line.
-Being process 1 of its namespace, it cannot be killed or stopped by anything in there, and all that is left of a test is
-killed after it. It knows no expected outputs: a program that took it over could still not pass itself.
+JSON lines from stdin: first the program with its limits, then cases (contract.Case, and wall_s), each answered with one
+line. Being process 1 of its namespace, it gets no signal from in there but those that it has a handler for, and it
+has none; all that is left of a test is killed after it. It knows no expected outputs: a program that took it over could
+still not pass itself.
 """
 
 import base64
@@ -30,6 +31,7 @@ class _SockFprog(ctypes.Structure):
 
 
 def serve() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter's own handler would end it
     job = json.loads(sys.stdin.buffer.readline())
     job["filter"] = base64.b64decode(job["filter"])
     folder_before = os.stat(FOLDER)
