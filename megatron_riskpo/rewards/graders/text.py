@@ -1,6 +1,7 @@
 """Graders that compare texts: equality, a pattern, JSON."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,9 +81,18 @@ def same_json(a: Any, b: Any, tolerance: float = 0.0) -> bool:
     if isinstance(a, int | float) and isinstance(b, int | float):
         if isinstance(a, int) and isinstance(b, int):
             return a == b
-        return a == b or abs(a - b) <= tolerance * max(abs(a), abs(b), 1.0)
+        return a == b or _is_close(a, b, tolerance)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(same_json(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_json(a[key], b[key], tolerance) for key in a)
     return type(a) is type(b) and a == b
+
+
+def _is_close(a: float, b: float, tolerance: float) -> bool:
+    """Within the relative tolerance, or the absolute one below 1; infinity and an integer beyond any float are close to
+    nothing."""
+    try:
+        return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+    except OverflowError:
+        return False
