@@ -14,6 +14,7 @@ from megatron_riskpo.rewards.reference import BUILT_IN, AnswerForm, Reference
 BOXED, HASH, TAG, FENCE = "\\boxed{ANSWER}", "#### ANSWER", "<answer>ANSWER</answer>", "```\nANSWER\n```"
 ASKED_BY = {"\\boxed": BOXED, "####": HASH, "<answer>": TAG, "```": FENCE}
 """What a prompt says, and the form that it thereby asks for."""
+SIGN_OF = {form: sign for sign, form in ASKED_BY.items()}
 OF_FORM: dict[AnswerForm, str] = {"boxed": BOXED, "hash": HASH, "tag": TAG, "any": BOXED}
 MAX_EXAMPLES = 3
 WRONG_REMEDY = (
@@ -37,31 +38,47 @@ class GoldAnswer:
         return self.form.replace("ANSWER", self.reference.expected_answer)
 
 
-def gold_answer(prompt: str, place: str, reference: Reference, answer_form: AnswerForm) -> GoldAnswer:
-    """In the form that the prompt's text asks for; where it asks for none, in the one that the grader reads."""
+def gold_answers(
+    prompts: Sequence[str], places: Sequence[str], references: Sequence[Reference], answer_form: AnswerForm
+) -> list[GoldAnswer]:
+    """Each in a form that its source's prompts ask for: in the one that the grader reads where that is among them, or
+    where they ask for none. One place and one reference a prompt."""
+    of_source: dict[str, list[str]] = {}
+    for prompt, ref in zip(prompts, references, strict=True):
+        of_source.setdefault(ref.source, []).append(prompt)
+    asked = {source: _asked_forms(own) for source, own in of_source.items()}
+    return [
+        GoldAnswer(place, _form(asked[ref.source], ref, answer_form), ref)
+        for place, ref in zip(places, references, strict=True)
+    ]
+
+
+def _asked_forms(prompts: Sequence[str]) -> list[str]:
+    """Those whose sign most of the prompts have: what only some have is in the questions' own text."""
+    return [form for sign, form in ASKED_BY.items() if 2 * sum(sign in prompt for prompt in prompts) > len(prompts)]
+
+
+def _form(asked: Sequence[str], reference: Reference, answer_form: AnswerForm) -> str:
     if reference.grader == "code":
-        bare = "program_template" in reference.fields and "```" not in prompt
-        return GoldAnswer(place, "ANSWER" if bare else FENCE, reference)
-    return GoldAnswer(place, _asked_form(prompt) or OF_FORM[answer_form], reference)
-
-
-def _asked_form(prompt: str) -> str | None:
-    return next((form for sign, form in ASKED_BY.items() if sign in prompt), None)
+        return "ANSWER" if "program_template" in reference.fields and FENCE not in asked else FENCE
+    read = OF_FORM[answer_form]
+    return read if read in asked or not asked else asked[0]
 
 
 def unasked_form(prompts: Sequence[str], references: Sequence[Reference], answer_form: AnswerForm) -> str | None:
-    """What to say of prompts that ask in no form that is known (they may in words) where graders count one form only.
-    No error: a model may have learned the form. One reference a prompt."""
+    """What to say of prompts that do not name the form of answer (they may in words) where graders count one only. No
+    error: a model may have learned the form. One reference a prompt."""
     if answer_form == "any":
         return None
     reading = [p for p, ref in zip(prompts, references, strict=True) if ref.grader in BUILT_IN and ref.grader != "code"]
-    silent = [prompt for prompt in reading if _asked_form(prompt) is None]
+    read = OF_FORM[answer_form]
+    silent = [prompt for prompt in reading if SIGN_OF[read] not in prompt]
     if not silent:
         return None
     return (
-        f"{len(silent)} of {len(reading)} prompts name no form of answer ({', '.join(ASKED_BY)}), and with "
-        f"rewards.answer_form = {answer_form} only {OF_FORM[answer_form]} is an answer: unless the model has learned "
-        f"it, ask for it in the prompt, or set rewards.answer_form = any; for example {silent[0][-80:]!r}"
+        f"{len(silent)} of {len(reading)} prompts do not name {SIGN_OF[read]}, and with rewards.answer_form = "
+        f"{answer_form} only {read} is an answer: unless the model has learned it, ask for it in the prompt, or set "
+        f"rewards.answer_form = any; for example {silent[0][-80:]!r}"
     )
 
 

@@ -10,7 +10,7 @@ from megatron_riskpo.config import PromptConfig, RewardConfig
 from megatron_riskpo.data.prompts import prompt_messages
 from megatron_riskpo.data.sources import Question
 from megatron_riskpo.rewards.from_config import grader_options
-from megatron_riskpo.rewards.gold_check import check_gold, gold_answer, spread, unasked_form
+from megatron_riskpo.rewards.gold_check import check_gold, gold_answers, spread, unasked_form
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.reference import Reference, graders_of
 
@@ -50,9 +50,9 @@ def started_pool(
         "\n".join(message["content"] for message in messages)
         for messages in prompt_messages([question for question, _ in chosen], data)
     ]
-    answers = [gold_answer(prompt, q.source, ref, form) for prompt, (q, ref) in zip(prompts, chosen, strict=True)]
-    check_gold(pool, answers, form, world)
-    warning = unasked_form(prompts, [reference for _, reference in chosen], form)
+    references = [reference for _, reference in chosen]
+    check_gold(pool, gold_answers(prompts, [q.source for q, _ in chosen], references, form), form, world)
+    warning = unasked_form(prompts, references, form)
     if warning:
         log(f"warning: {warning}")
     return pool

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_riskpo.errors import UsageError
-from megatron_riskpo.rewards.gold_check import check_gold, gold_answer, spread
+from megatron_riskpo.rewards.gold_check import check_gold, gold_answers, spread, unasked_form
 from megatron_riskpo.rewards.options import GraderOptions
 from megatron_riskpo.rewards.pool import GraderPool
 from megatron_riskpo.rewards.reference import Reference
@@ -21,11 +21,14 @@ def world(tmp_path_factory):
 
 def check(world, prompts: list[str], references: list[Reference], form: str = "any") -> None:
     graders = list({reference.grader for reference in references})
-    answers = [
-        gold_answer(p, f"my.jsonl:{i}", r, form) for i, (p, r) in enumerate(zip(prompts, references, strict=True), 1)
-    ]
+    answers = gold_answers(prompts, [f"my.jsonl:{i + 1}" for i in range(len(prompts))], references, form)
     with GraderPool(graders, 1, GraderOptions(answer_form=form)) as pool:
         check_gold(pool, answers, form, world)
+
+
+def gold(prompt: str, reference: Reference, form: str) -> str:
+    """The response that is taken for right, of a single prompt."""
+    return gold_answers([prompt], ["here"], [reference], form)[0].response
 
 
 @pytest.mark.parametrize(
@@ -38,16 +41,34 @@ def check(world, prompts: list[str], references: list[Reference], form: str = "a
     ],
 )
 def test_the_prompt_says_how_a_right_response_looks(prompt: str, response: str):
-    assert gold_answer(prompt, "here", Reference("7"), "any").response == response
+    assert gold(prompt, Reference("7"), "any") == response
 
 
 def test_without_a_hint_it_is_the_form_that_the_grader_reads():
-    assert gold_answer("2+5=", "here", Reference("7"), "hash").response == "#### 7"
+    assert gold("2+5=", Reference("7"), "hash") == "#### 7"
     code = Reference("print(7)", "code", fields={"tests": []})
-    assert gold_answer("Print 7.", "here", code, "boxed").response == "```\nprint(7)\n```"
+    assert gold("Print 7.", code, "boxed") == "```\nprint(7)\n```"
     template = Reference("x+1", "code", fields={"tests": [], "program_template": "{program}"})
-    assert gold_answer("1:2", "here", template, "boxed").response == "x+1"
-    assert gold_answer("1:2 #### or \\boxed{}", "here", template, "boxed").response == "x+1", "programs have their own"
+    assert gold("1:2", template, "boxed") == "x+1"
+    assert gold("1:2 #### or \\boxed{}", template, "boxed") == "x+1", "programs have their own"
+
+
+def test_a_form_in_a_questions_own_text_is_not_asked_for():
+    boxes = "Simplify $\\boxed{3}+4$."
+    assert gold(f"{boxes} End with ####.", Reference("7"), "hash") == "#### 7"
+    prompts = [boxes, "2+5=", "1+6="]
+    given = gold_answers(prompts, ["", "", ""], [Reference("7")] * 3, "hash")
+    assert [answer.response for answer in given] == ["#### 7"] * 3
+    said = unasked_form(prompts, [Reference("7")] * 3, "hash")
+    assert said is not None and said.startswith("3 of 3 prompts do not name ####, and with rewards.answer_form = hash")
+    assert unasked_form([f"{boxes} End with ####."], [Reference("7")], "hash") is None
+
+
+def test_each_source_asks_in_its_own_form():
+    prompts = ["1+6? In \\boxed{}.", "2+5? After ####.", "3+4? After ####."]
+    sources = [Reference("7", source=name) for name in ("a", "b", "b")]
+    given = gold_answers(prompts, ["", "", ""], sources, "any")
+    assert [answer.response for answer in given] == ["\\boxed{7}", "#### 7", "#### 7"]
 
 
 def test_agreement_passes(world):

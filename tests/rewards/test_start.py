@@ -55,7 +55,7 @@ def test_a_prompt_that_asks_in_words_is_said_where_one_form_counts(world):
     data = DataConfig(prompt_template="{problem} Put the answer into a box.")
     boxed = RewardConfig(answer_form="boxed", gold_checks=5)
     (line,) = start(SUMS, TrainConfig(data=data, rewards=boxed), world)
-    assert line.startswith("warning: 5 of 5 prompts name no form of answer (\\boxed, ####, <answer>, ```), and with ")
+    assert line.startswith("warning: 5 of 5 prompts do not name \\boxed, and with ")
     assert "rewards.answer_form = boxed only \\boxed{ANSWER} is an answer: unless the model has learned it" in line
     assert line.endswith("for example '0+1= Put the answer into a box.'")
     assert start(SUMS, TrainConfig(data=data), world) == [], "any form counts"
