@@ -60,7 +60,8 @@ def test_a_form_in_a_questions_own_text_is_not_asked_for():
     given = gold_answers(prompts, ["", "", ""], [Reference("7")] * 3, "hash")
     assert [answer.response for answer in given] == ["#### 7"] * 3
     said = unasked_form(prompts, [Reference("7")] * 3, "hash")
-    assert said is not None and said.startswith("3 of 3 prompts do not name ####, and with rewards.answer_form = hash")
+    assert said is not None
+    assert said.startswith("3 of 3 prompts do not name ####, and with rewards.answer_form = hash")
     assert unasked_form([f"{boxes} End with ####."], [Reference("7")], "hash") is None
 
 

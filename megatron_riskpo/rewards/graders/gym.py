@@ -20,13 +20,14 @@ EVALUATING = {
     "countdown": ARITHMETIC, "puzzle24": ARITHMETIC,
     "simple_integration": ALGEBRA, "intermediate_integration": ALGEBRA, "polynomial_multiplication": ALGEBRA,
 }  # fmt: skip
+CANNOT_READ = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class GymGrader:
     """The score of the task's own verifier on the final answer; without a stated answer, on the whole response. Its
     fields gym_task and gym_entry are there where data.train is "reasoning_gym:NAME". An answer that a verifier would
-    run as code is 0.0 unseen."""
+    run as code is 0.0 unseen; 0.0, too, is one that it fails to read (some raise where others give 0)."""
 
     form: AnswerForm = "any"
 
@@ -41,4 +42,8 @@ class GymGrader:
         if answer is None or (allowed is not None and not allowed.fullmatch(answer)):
             return 0.0
         score: Any = get_score_answer_fn(task)
-        return float(score(answer, entry))
+        try:
+            return float(score(answer, entry))
+        except CANNOT_READ:
+            score(expected_answer, entry)  # if that fails, too, it is the verifier's error
+            return 0.0

@@ -142,6 +142,25 @@ def test_reasoning_gym_grades_its_own_answers_1_and_others_less(task: str):
         assert grade("reasoning_gym", "", question.expected_answer, **question.fields) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("coin_flip", "1e400"),
+        ("game_of_life", "{}"),
+        ("prime_factorization", "9^9"),
+        ("prime_factorization", "9" * 5000),
+    ],
+)
+def test_an_answer_that_a_verifier_fails_to_read_is_wrong_and_no_error(task: str, answer: str):
+    (question,) = read_source(f"reasoning_gym:{task}", size=1, seed=1, options={})
+    assert grade("reasoning_gym", f"\\boxed{{{answer}}}", question.expected_answer, **question.fields) == 0.0
+
+
+def test_a_verifier_that_fails_on_the_right_answer_is_an_error():
+    with pytest.raises(KeyError):
+        grade("reasoning_gym", "\\boxed{1}", "1", gym_task="prime_factorization", gym_entry={})
+
+
 @pytest.mark.parametrize("task", EVALUATING)
 def test_a_verifier_that_evaluates_never_sees_code(task: str, tmp_path):
     (question,) = read_source(f"reasoning_gym:{task}", size=1, seed=1, options={})

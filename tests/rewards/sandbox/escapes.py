@@ -129,7 +129,10 @@ ABUSES = {
         "        file.write(block)",
         {"failed"},
     ),
-    "one large file": ("with open('/tmp/sandboxed-x', 'wb') as file:\n    file.truncate(1 << 40)\nprint('LARGE')", {"failed"}),
+    "one large file": (
+        "with open('/tmp/sandboxed-x', 'wb') as file:\n    file.truncate(1 << 40)\nprint('LARGE')",
+        {"failed"},
+    ),
     "long output": ("while True: print('x' * 10_000)", {"output"}),
     "output behind the interpreter": ("import os\nwhile True: os.write(1, b'x' * 65536)", {"output"}),
     "errors without end": ("import sys\nwhile True: sys.stderr.write('x' * 10_000)", {"timeout"}),
