@@ -113,10 +113,15 @@ def write_run_record(config: Any, run_dir: str | Path, ranks: int) -> Path:
     }
     target = Path(run_dir) / RUN_RECORD
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(".json.tmp")
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, target)
-    return target
+    return write_json(target, record)
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write `content`, indented, in one move: a kill leaves the old file or the new one."""
+    draft = path.with_suffix(".json.tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+    return path
 
 
 def git_state(package: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from megatron_riskpo.evaluation.comparison import Bin, Comparison, SignTest
-from megatron_riskpo.evaluation.summary import Estimate, Summary, percent, render, shown_ks
+from megatron_riskpo.evaluation.summary import Estimate, percent, render, shown_ks
 from megatron_riskpo.observability.charts import COLORS, Chart, finish, new_figure
 from megatron_riskpo.observability.report import draw, render_page, save_page
 
@@ -118,12 +118,8 @@ def bins_chart(comparison: Comparison) -> Chart | None:
 
 def _is_shown(name: str, comparison: Comparison) -> bool:
     kind, _, k = name.partition("@")
-    most = min(_num_samples(comparison.a), _num_samples(comparison.b))
+    most = min(comparison.a.num_samples, comparison.b.num_samples)
     return kind != "avg" and (not k or int(k) in shown_ks(most))
-
-
-def _num_samples(summary: Summary) -> int:
-    return summary.num_samples
 
 
 def _faint(color: str) -> str:

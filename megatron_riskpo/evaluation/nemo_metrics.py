@@ -1,7 +1,5 @@
 """metrics.json as nemo-skills' summarizer writes it: percentages 0 to 100, statistics 0 to 1, for every k up to n."""
 
-import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_riskpo.config_io import write_json
 from megatron_riskpo.evaluation.outputs import RESULTS_FOLDER
 from megatron_riskpo.evaluation.passk import question_pass_at_k
 from megatron_riskpo.evaluation.results import Results
@@ -24,11 +23,7 @@ def metrics_path(folder: Path) -> Path:
 
 def write_metrics(folder: Path, all_results: Sequence[Results]) -> Path:
     """Write metrics.json."""
-    path = metrics_path(folder)
-    draft = path.with_suffix(".json.tmp")
-    draft.write_text(json.dumps({r.name: nemo_metrics(r) for r in all_results}, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_json(metrics_path(folder), {r.name: nemo_metrics(r) for r in all_results})
 
 
 def nemo_metrics(results: Results) -> dict[str, dict[str, Any]]:

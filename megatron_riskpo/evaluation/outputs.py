@@ -48,8 +48,11 @@ def output_files(folder: Path) -> list[Path]:
 
 
 def evaluation_of(folder: Path) -> Path:
-    """A run's evaluation/ where it has one, else the folder itself."""
-    return folder / "evaluation" if (folder / "evaluation").is_dir() else folder
+    """The folder of the evaluation that is meant: of a run its evaluation/, of DIR/eval-results DIR."""
+    if folder.resolve().name == RESULTS_FOLDER:
+        return folder.resolve().parent
+    of_run = folder / "evaluation"  # a benchmark may have this name, too
+    return of_run if (of_run / RESULTS_FOLDER).is_dir() else folder
 
 
 def benchmark_folders(results: Path) -> dict[str, Path]:

@@ -31,9 +31,3 @@ def question_pass_at_k(correct: ArrayLike, ks: Iterable[int]) -> NDArray[np.floa
     num_samples = table.shape[1]
     by_count = np.array([[pass_at_k(num_samples, c, k) for k in ks] for c in range(num_samples + 1)])
     return by_count[table.sum(axis=1)]
-
-
-def pass_at_k_table(correct: ArrayLike, ks: Iterable[int]) -> dict[int, float]:
-    """{k: mean of pass@k over questions}, from correct bool [num_questions, num_samples]."""
-    ks = list(ks)
-    return dict(zip(ks, question_pass_at_k(correct, ks).mean(axis=0).tolist(), strict=True))

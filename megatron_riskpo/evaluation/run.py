@@ -1,8 +1,7 @@
 """`riskpo evaluate` on one rank: ask, grade, write; and the summary of what is written."""
 
-import contextlib
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +104,7 @@ def _ask(
     world: ProcessGroup, stop: StopSignal, say: Callable[[str], None],
 ) -> bool:  # fmt: skip
     questions = [question for benchmark in benchmarks.values() for question in benchmark.questions]
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         graded = list(zip(questions, references_of(questions, config.rewards), strict=True))
         # What is wrong with a server is known at once; vLLM in this process takes longer to start than the graders.
         served = stack.enter_context(closing(_served(config, out, world, say))) if config.rollout.server_urls else None

@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_riskpo.config_io import resolved
+from megatron_riskpo.config_io import resolved, write_json
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.benchmarks import Benchmark
 from megatron_riskpo.evaluation.options import IDLE_OPTIONS, EvaluateConfig
 from megatron_riskpo.evaluation.outputs import RESULTS_FOLDER
 
 SETTINGS_FILE = "evaluation.json"
+SECTIONS = ("options", "model", "data", "servers")
 FREE_OPTIONS = (
     *("run.ranks", "run.timeout_s", "rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib"),
     *("rollout.gpu_memory_utilization", "rewards.workers", "rewards.timeout_s", "rewards.max_error_share"),
@@ -55,10 +55,7 @@ def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
             f"{folder} holds outputs without {SETTINGS_FILE}, of another program; choose another --out "
             f"(riskpo evaluate --from {folder} sums them up)"
         )
-    try:
-        found = _read(folder)
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON ({error}); remove {folder} or choose another --out") from error
+    found = _read(folder)
     changed = [f"{key} was {found.get('options', {}).get(key)!r}, is {value!r}"
                for key, value in wanted["options"].items() if found.get("options", {}).get(key) != value]  # fmt: skip
     if found.get("model") != wanted["model"]:
@@ -77,24 +74,27 @@ def write_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     earlier = _read(folder) if _has_answers(folder) else {}
     servers = {"servers": earlier["servers"]} if "servers" in earlier else {}
-    _write(folder, {**wanted, "data": earlier.get("data", {}) | wanted["data"], **servers})
+    write_json(folder / SETTINGS_FILE, {**wanted, "data": earlier.get("data", {}) | wanted["data"], **servers})
 
 
 def note_servers(folder: Path, cards: Mapping[str, Mapping[str, Any]]) -> None:
     """Which servers were asked, by address, and what each says of its model: it may be on another machine."""
     found = _read(folder)
-    _write(folder, {**found, "servers": found.get("servers", {}) | cards})
+    write_json(folder / SETTINGS_FILE, {**found, "servers": found.get("servers", {}) | cards})
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-
-
-def _write(folder: Path, content: Mapping[str, Any]) -> None:
+    """Raises UsageError."""
     path = folder / SETTINGS_FILE
-    draft = path.with_suffix(".json.tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON ({error}); remove {folder} or choose another --out") from error
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in SECTIONS):
+        raise UsageError(
+            f"{path} is no JSON object with objects {', '.join(SECTIONS)}; remove {folder} or choose another --out"
+        )
+    return found
 
 
 def _has_answers(folder: Path) -> bool:

@@ -1,8 +1,6 @@
 """What an evaluation says, with 95 % intervals over questions: intervals.json, and the table that is printed."""
 
 import io
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from megatron_riskpo.config_io import write_json
 from megatron_riskpo.evaluation.intervals import mean_intervals, share_intervals
 from megatron_riskpo.evaluation.nemo_metrics import question_majority_at_k
 from megatron_riskpo.evaluation.passk import question_pass_at_k
@@ -98,12 +97,7 @@ def estimates(columns: dict[str, NDArray[np.float64]], intervals: NDArray[np.flo
 
 def write_intervals(folder: Path, summaries: dict[str, Summary]) -> Path:
     """Write folder/intervals.json, in one move; {benchmark: Summary}."""
-    path = folder / INTERVALS_FILE
-    draft = path.with_suffix(".json.tmp")
-    content = {name: asdict(summary) for name, summary in summaries.items()}
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_json(folder / INTERVALS_FILE, {name: asdict(summary) for name, summary in summaries.items()})
 
 
 def shown_ks(num_samples: int) -> list[int]:

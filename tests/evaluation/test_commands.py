@@ -158,8 +158,17 @@ def test_metrics_of_nemo_skills_stay_as_they_are(folder: Path, capfd):
     assert main(["evaluate", "--from", "theirs", "--out", "theirs"]) == 0, "told to"
     assert json.loads(metrics.read_text())["sums"]["pass@1"]["num_entries"] == 3
     assert main(["evaluate", "--from", "theirs"]) == 0, "its own"
+    assert main(["evaluate", "--from", "theirs/eval-results"]) == 0, "its own, by its inner folder"
+    assert not (folder / "theirs" / "eval-results" / "intervals.json").exists()
     shutil.copytree(folder / "theirs", folder / "run" / "evaluation")
     assert main(["evaluate", "--from", "run"]) == 0, "a run's"
+
+
+def test_a_benchmark_may_be_named_evaluation(folder: Path, capsys):
+    for name in ("evaluation", "sums"):
+        shutil.copytree(GOLDEN / "eval-results" / "sums", folder / "both" / name)
+    assert main(["evaluate", "--from", "both", "--out", "sum"]) == 0
+    assert set(json.loads((folder / "sum" / "intervals.json").read_text())) == {"evaluation", "sums"}
 
 
 def test_a_comparison_is_printed_and_drawn(folder: Path, capsys):
@@ -238,6 +247,14 @@ def test_outputs_of_another_program_are_not_gone_on_with(asked, folder: Path):
     answer_something(folder / "out")
     with pytest.raises(UsageError, match=r"out holds outputs without evaluation.json, .*choose another --out"):
         check_settings(folder / "out", settings(*asked))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"options": []}'])
+def test_a_broken_record_is_one_line(asked, folder: Path, text: str):
+    answer_something(folder / "out")
+    (folder / "out" / "evaluation.json").write_text(text)
+    with pytest.raises(UsageError, match=r"^out/evaluation.json is no JSON .*; remove out or choose another --out$"):
+        check_settings(Path("out"), settings(*asked))
 
 
 def test_another_evaluation_is_refused_by_name(asked, folder: Path):

@@ -9,7 +9,7 @@ import pytest
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.comparison import aligned, compare, difficulty_bins, pairs, sign_test
 from megatron_riskpo.evaluation.comparison_page import tables_of, write_page
-from megatron_riskpo.evaluation.passk import pass_at_k_table
+from megatron_riskpo.evaluation.passk import question_pass_at_k
 from megatron_riskpo.evaluation.results import Results
 
 
@@ -40,10 +40,10 @@ def two() -> tuple[Results, Results]:
 def test_differences_are_those_of_the_tables(two):
     a, b = two
     comparison = compare(a, b)
-    first, second = pass_at_k_table(a.correct, range(1, 5)), pass_at_k_table(b.correct, range(1, 5))
+    first, second = (question_pass_at_k(own.correct, range(1, 5)).mean(axis=0) for own in (a, b))
     for k in range(1, 5):
         difference = comparison.differences[f"pass@{k}"]
-        assert difference.value == pytest.approx(second[k] - first[k])
+        assert difference.value == pytest.approx(second[k - 1] - first[k - 1])
         assert difference.low < difference.value < difference.high
     assert "pass@5" not in comparison.differences
     assert "pass@5" in comparison.b.shares

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_riskpo.errors import UsageError
-from megatron_riskpo.evaluation.passk import pass_at_k, pass_at_k_table
+from megatron_riskpo.evaluation.passk import pass_at_k, question_pass_at_k
 
 
 def by_enumeration(num_samples: int, num_correct: int, k: int) -> float:
@@ -29,12 +29,12 @@ def test_large_counts_match_exact_integers():
     assert pass_at_k(10000, 3, 5000) == pytest.approx(exact, abs=1e-12)
 
 
-def test_table_is_the_mean_over_questions():
+def test_each_question_has_its_own():
     correct = np.random.default_rng(0).random((37, 8)) < np.linspace(0, 1, 37)[:, None]
-    table = pass_at_k_table(correct, (1, 3, 8))
-    assert table[1] == pytest.approx(correct.mean())
-    assert table[3] == pytest.approx(np.mean([by_enumeration(8, int(row.sum()), 3) for row in correct]))
-    assert table[8] == pytest.approx(correct.any(axis=1).mean())
+    of_1, of_3, of_8 = question_pass_at_k(correct, (1, 3, 8)).T
+    assert of_1 == pytest.approx(correct.mean(axis=1))
+    assert of_3 == pytest.approx([by_enumeration(8, int(row.sum()), 3) for row in correct])
+    assert of_8 == pytest.approx(correct.any(axis=1).astype(float))
 
 
 @pytest.mark.parametrize(("num_samples", "num_correct", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)])
@@ -46,4 +46,4 @@ def test_impossible_counts_are_usage_errors(num_samples: int, num_correct: int, 
 @pytest.mark.parametrize("table", [[], [[]], [True, False]])
 def test_a_table_without_entries_is_a_usage_error(table: list):
     with pytest.raises(UsageError, match="shape"):
-        pass_at_k_table(table, (1,))
+        question_pass_at_k(table, (1,))
