@@ -27,7 +27,9 @@ def add_data(commands: Any) -> None:
     prepare.add_argument("--exclude", type=Path, nargs="+", default=[], metavar="FILE",
                          help="question files whose questions are left out, however typeset")  # fmt: skip
     prepare.add_argument("--tokenizer", type=Path, metavar="DIR", help="with --max-prompt-tokens: counts by it")
-    prepare.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer problems out")
+    prepare.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer prompts out")
+    prepare.add_argument("--config", metavar="FILE.toml",
+                         help="with --max-prompt-tokens: counts a run's prompts; without, bare problems")  # fmt: skip
     prepare.add_argument("--size", type=int, default=1000, metavar="N", help="questions of a task (1000)")
     prepare.add_argument("--seed", type=int, default=1234, metavar="S", help="of a task (1234)")
     prepare.add_argument("--level", type=int, metavar="L", help="of a task's curriculum, 0 the easiest")
@@ -40,7 +42,11 @@ def run_data(args: argparse.Namespace, arguments: list[str]) -> int:
     """Write the file, print the counts; the exit code."""
     if (args.tokenizer is None) != (args.max_prompt_tokens is None):
         raise UsageError("--tokenizer and --max-prompt-tokens go together; give both or none")
+    if args.config is not None and args.tokenizer is None:
+        raise UsageError("--config says what --max-prompt-tokens counts; give --tokenizer and --max-prompt-tokens, too")
     _check_target(args)
+    from megatron_riskpo.config import PromptConfig, TrainConfig
+    from megatron_riskpo.config_io import load_config
     from megatron_riskpo.data.prepare.checks import Tally
     from megatron_riskpo.data.prepare.prepare import Limits, checked, published_entries, write_questions
 
@@ -49,12 +55,15 @@ def run_data(args: argparse.Namespace, arguments: list[str]) -> int:
         entries, name = _task_entries(args), args.name.removeprefix(_GYM_PREFIX)
     else:
         entries, name = published_entries(args.name, args.files, args.split, tally), args.name
-    limits = Limits(tuple(args.exclude), args.tokenizer, args.max_prompt_tokens or 0)
+    prompt = load_config(TrainConfig, args.config).data if args.config is not None else PromptConfig()
+    limits = Limits(tuple(args.exclude), args.tokenizer, prompt, args.max_prompt_tokens or 0)
     kept = checked(entries, limits, tally)
     write_questions(args.out, name, kept)
     print(f"{args.name}: {len(kept) + tally.counts.total()} rows, {len(kept)} questions in {args.out}")
     for line in tally.lines():
         print(line)
+    if args.tokenizer is not None and args.config is None:
+        print("--max-prompt-tokens counted bare problems; a run counts prompts with their template: --config FILE.toml")
     return 0
 
 

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 
 from megatron_riskpo.cli import main
+from megatron_riskpo.config import PromptConfig
 from megatron_riskpo.data.prepare.checks import Tally, apart_from, complete, distinct
 from megatron_riskpo.data.prepare.code import assertions, unpickled_text
 from megatron_riskpo.data.prepare.prepare import RECIPES, published_entries
 from megatron_riskpo.data.prepare.recipe import Unusable
 from megatron_riskpo.data.prepare.tasks import level_options
+from megatron_riskpo.data.prompts import encode_prompts
 from megatron_riskpo.data.questions import is_held_out
 from megatron_riskpo.data.sources import read_source
+from megatron_riskpo.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_riskpo.errors import UsageError
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -166,6 +169,28 @@ def test_a_level_sets_the_task_and_harder_ones_differ(tmp_path: Path):
     assert level_options("chain_sum", 0) != level_options("chain_sum", 3)
 
 
+@pytest.mark.parametrize("template", ["{problem}", "Say: {problem}=?"])
+def test_the_limit_leaves_out_what_a_run_would(template: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_sentencepiece(["1+=?", "Say: 1+1=?"], "tokenizer.model", 32)
+    write_jsonl(tmp_path / "x.jsonl", [{"problem": f"{'1+' * n}1", "answer": n + 1} for n in range(10)])
+    (tmp_path / "run.toml").write_text(f'[data]\nprompt_template = "{template}"\n')
+    prepare = ("data", "prepare", "aime25", "--from", "x.jsonl", "--out")
+    assert main([*prepare, "all.jsonl"]) == 0
+    limit = ("--tokenizer", "tokenizer.model", "--max-prompt-tokens", "12")
+    assert main([*prepare, "short.jsonl", *limit, "--config", "run.toml"]) == 0
+    assert "bare problems" not in capsys.readouterr().out
+    questions = read_source("all.jsonl", size=0, seed=0, options={})
+    data = PromptConfig(prompt_template=template, max_prompt_tokens=12)
+    _, kept = encode_prompts(questions, load_tokenizer("tokenizer.model"), data)
+    assert 0 < len(kept) < len(questions)
+    assert [line["problem"] for line in lines_of(tmp_path / "short.jsonl")] == [questions[i].problem for i in kept]
+    if template == "{problem}":
+        assert main([*prepare, "bare.jsonl", *limit]) == 0
+        assert "counted bare problems; a run counts prompts with their template" in capsys.readouterr().out
+        assert lines_of(tmp_path / "bare.jsonl") == lines_of(tmp_path / "short.jsonl")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -180,6 +205,7 @@ def test_a_level_sets_the_task_and_harder_ones_differ(tmp_path: Path):
             ["aime25", "--from", "wrong.jsonl", "--max-prompt-tokens", "9"],
             "--tokenizer and --max-prompt-tokens go together",
         ),
+        (["aime25", "--from", "wrong.jsonl", "--config", "run.toml"], "--config says what --max-prompt-tokens counts"),
         (["reasoning_gym:chain_sam"], "unknown reasoning_gym task 'chain_sam'; did you mean 'chain_sum'?"),
         (["reasoning_gym:chain_sum", "--level", "99"], "--level 99 is none of them"),
         (["reasoning_gym:chain_sum", "--options", "max_terms"], "'max_terms' is not NAME=VALUE"),

@@ -1,7 +1,7 @@
 """What is taken out of prepared questions, each with a count."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_riskpo.data.overlap import normalised
 from megatron_riskpo.data.prepare.recipe import Entry
@@ -62,12 +62,12 @@ def apart_from(entries: Iterable[Entry], others: Iterable[str], tally: Tally) ->
     return kept
 
 
-def short_enough(entries: Sequence[Entry], num_tokens: Callable[[str], int], limit: int, tally: Tally) -> list[Entry]:
-    """Those whose problem has at most `limit` tokens."""
+def short_enough(entries: Sequence[Entry], prompts: Sequence[Sequence[int]], limit: int, tally: Tally) -> list[Entry]:
+    """Those whose prompt, token ids, has at most `limit` of them."""
     kept = []
-    for entry in entries:
-        if num_tokens(entry["problem"]) > limit:
-            tally.drop(f"problem over {limit} tokens")
+    for entry, ids in zip(entries, prompts, strict=True):
+        if len(ids) > limit:
+            tally.drop(f"prompt over {limit} tokens")
         else:
             kept.append(entry)
     return kept

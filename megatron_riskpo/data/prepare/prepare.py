@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_riskpo.config import PromptConfig
 from megatron_riskpo.data.prepare import code, geometry, mathematics
 from megatron_riskpo.data.prepare.checks import Tally, apart_from, complete, distinct, short_enough
 from megatron_riskpo.data.prepare.recipe import Entry, Recipe, Unusable
 from megatron_riskpo.data.prepare.rows import hub_rows, read_rows
-from megatron_riskpo.data.sources import read_source
+from megatron_riskpo.data.sources import KNOWN_FIELDS, Question, read_source
 from megatron_riskpo.errors import UsageError
 
 RECIPES: dict[str, Recipe] = {**mathematics.RECIPES, **code.RECIPES, **geometry.RECIPES}
@@ -24,8 +25,10 @@ class Limits:
     exclude: tuple[Path, ...] = ()
     """Question files of which none of them may be."""
     tokenizer: Path | None = None
+    prompt: PromptConfig = PromptConfig()
+    """How a run asks them; by itself the bare problem."""
     max_prompt_tokens: int = 0
-    """Of the problem's text; needs the tokenizer."""
+    """Tokens of a question's prompt; needs the tokenizer."""
 
 
 def published_entries(name: str, files: Sequence[Path], split: str | None, tally: Tally) -> Iterator[Entry]:
@@ -47,13 +50,22 @@ def checked(entries: Iterable[Entry], limits: Limits, tally: Tally) -> list[Entr
     others = [q.problem for file in limits.exclude for q in read_source(str(file), size=0, seed=0, options={})]
     kept = apart_from(kept, others, tally)
     if limits.tokenizer is not None:
-        from megatron_riskpo.data.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(limits.tokenizer, "--tokenizer")
-        kept = short_enough(kept, lambda text: len(tokenizer.encode(text)), limits.max_prompt_tokens, tally)
+        kept = short_enough(kept, _prompts(kept, limits.tokenizer, limits.prompt), limits.max_prompt_tokens, tally)
     if not kept:
         raise UsageError(f"no question is left ({'; '.join(tally.lines()) or 'the file is empty'})")
     return kept
+
+
+def _prompts(entries: Sequence[Entry], tokenizer: Path, config: PromptConfig) -> list[list[int]]:
+    """Token ids, as a run makes them of the written file."""
+    from megatron_riskpo.data.prompts import encode_all
+    from megatron_riskpo.data.tokenizer import load_tokenizer
+
+    questions = [
+        Question(entry["problem"], "", "", fields={k: v for k, v in entry.items() if k not in KNOWN_FIELDS})
+        for entry in entries
+    ]
+    return encode_all(questions, load_tokenizer(tokenizer, "--tokenizer"), config)
 
 
 def write_questions(path: Path, name: str, entries: Sequence[Entry]) -> None:
