@@ -4,9 +4,12 @@
 
 Each line: 2,000 simulated evaluations, of questions whose pass rates follow a beta distribution, n answers each. The
 truth is the expected pass@k over all such questions; covered: the share of intervals that hold it; width: their mean.
+Where k = n a question counts 0 or 1, and the coverage is printed once more, summed over what can come out; beside it,
+how often all questions are solved.
 """
 
 import argparse
+from math import exp, lgamma, log, log1p
 
 import numpy as np
 
@@ -32,6 +35,21 @@ def percentile_intervals(values: np.ndarray) -> np.ndarray:
     return np.quantile(bootstrap_means(values), (0.025, 0.975), axis=0).T
 
 
+def exact(num_questions: int, truth: float) -> str:
+    """Coverage, and how often all questions are solved, where a question counts 1 with the chance `truth`, else 0."""
+    solved = np.tri(num_questions + 1, num_questions, -1).T  # column c: an evaluation in which c questions are solved
+    low, high = share_intervals(solved).T
+    chances = np.array([_binomial(num_questions, c, truth) for c in range(num_questions + 1)])
+    covered = chances @ ((low <= truth) & (truth <= high))
+    return f" | exactly {100 * covered:.1f} %, all solved in {100 * truth**num_questions:.1f} %"
+
+
+def _binomial(num: int, count: int, share: float) -> float:
+    """The chance of `count` of `num`."""
+    ways = lgamma(num + 1) - lgamma(count + 1) - lgamma(num - count + 1)
+    return exp(ways + count * log(share) + (num - count) * log1p(-share))
+
+
 def described(intervals: np.ndarray, truth: float) -> str:
     """Coverage and mean width, in per cent and points."""
     covered = (intervals[:, 0] <= truth) & (truth <= intervals[:, 1])
@@ -50,7 +68,7 @@ def main() -> None:
                 values, truth = simulate(kind, num_questions, num_samples, k, seed)
                 ours, plain = described(share_intervals(values), truth), described(percentile_intervals(values), truth)
                 line = f"{num_questions:9} {kind:10} {num_samples:2} {k:2} {100 * truth:5.1f} % | {ours} | {plain}"
-                print(line, flush=True)
+                print(line + (exact(num_questions, truth) if k == num_samples else ""), flush=True)
 
 
 if __name__ == "__main__":
