@@ -18,7 +18,7 @@ from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.rollout.cached_decoder import CachedDecoder, decoding_form
 from megatron_riskpo.rollout.prompt_checks import check_prompts
-from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, in_turns, join_prompts, slice_of
 from megatron_riskpo.rollout.sampling import choose_tokens, response_uniforms
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 
@@ -74,23 +74,16 @@ class MegatronEngine:
         check_prompts(prompts, sampling.max_response_tokens, self._max_sequence_length, vocab_size)
         mine = slice_of(len(prompts), self._grid.dp.size(), self._grid.dp.rank())
         with decoding_form(self._model):
-            tell = self._teller(on_finished, mine.start * sampling.group_size)
+            tell = in_turns(on_finished, mine.start * sampling.group_size, *self._turn())
             local = self._respond(prompts[mine], sampling, seeds[mine], tell)
         # Every rank of a model replica holds `local`, so the data-parallel group alone carries all of it.
         responses = gather_responses(local, len(prompts), sampling.group_size, tp=1, group=self._grid.dp)
         return join_prompts(prompts, sampling.group_size, responses)
 
-    def _teller(self, on_finished: OnFinished | None, first_row: int) -> OnFinished:
-        """Takes the place of `on_finished` for this replica's responses, numbered from 0, of which `first_row` is the
-        batch's first: all of its ranks see each, and take turns."""
+    def _turn(self) -> tuple[int, int]:
+        """(this rank within its model replica, number of the replica's ranks)"""
         tp, cp, pp = self._grid.tp, self._grid.cp, self._grid.pp
-        turn, num_turns = (pp.rank() * cp.size() + cp.rank()) * tp.size() + tp.rank(), tp.size() * cp.size() * pp.size()
-
-        def tell(row: int, tokens: Sequence[int]) -> None:
-            if on_finished is not None and row % num_turns == turn:
-                on_finished(first_row + row, tokens)
-
-        return tell
+        return (pp.rank() * cp.size() + cp.rank()) * tp.size() + tp.rank(), tp.size() * cp.size() * pp.size()
 
     def _respond(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], tell: OnFinished

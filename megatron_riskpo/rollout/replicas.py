@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_riskpo.rollout.types import Rollouts
+from megatron_riskpo.rollout.types import OnFinished, Rollouts
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,17 @@ class Responses:
 def slice_of(num_items: int, num_parts: int, part: int) -> slice:
     """Contiguous slice `part` of num_items dealt to num_parts; sizes differ by at most one."""
     return slice(num_items * part // num_parts, num_items * (part + 1) // num_parts)
+
+
+def in_turns(on_finished: OnFinished | None, first_row: int, rank: int, num_ranks: int) -> OnFinished:
+    """Takes the place of `on_finished` for a replica's responses, numbered from 0, of which `first_row` is the batch's
+    first: all of the replica's ranks see each, and take turns. `rank`: this one, within the replica."""
+
+    def tell(row: int, tokens: Sequence[int]) -> None:
+        if on_finished is not None and row % num_ranks == rank:
+            on_finished(first_row + row, tokens)
+
+    return tell
 
 
 def gather_responses(local: Responses, num_prompts: int, group_size: int, tp: int, group: ProcessGroup) -> Responses:

@@ -18,7 +18,7 @@ from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.shard_sink import VllmShardSink
 from megatron_riskpo.resharding.vllm_sink import drop_cached_prefixes, weight_files
 from megatron_riskpo.rollout.prompt_checks import check_prompts
-from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
+from megatron_riskpo.rollout.replicas import Responses, gather_responses, in_turns, join_prompts, slice_of
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
 from megatron_riskpo.rollout.vllm_arguments import engine_arguments, request_seeds
 from megatron_riskpo.rollout.vllm_environment import (
@@ -89,7 +89,7 @@ class VllmEngine:
         check_prompts(prompts, sampling.max_response_tokens, self._max_model_len, self._vocab_size)
         num_replicas, replica = self._group.size() // self._tp, self._group.rank() // self._tp
         mine = slice_of(len(prompts), num_replicas, replica)
-        tell = self._teller(on_finished, mine.start * sampling.group_size)
+        tell = in_turns(on_finished, mine.start * sampling.group_size, self._group.rank() % self._tp, self._tp)
         outputs = self._run(prompts[mine], sampling, seeds[mine], tell)
         local = _to_responses(outputs, self._weight_version)
         return join_prompts(
@@ -97,16 +97,6 @@ class VllmEngine:
             sampling.group_size,
             gather_responses(local, len(prompts), sampling.group_size, self._tp, self._group),
         )
-
-    def _teller(self, on_finished: OnFinished | None, first_row: int) -> OnFinished:
-        """Takes the place of `on_finished` for this engine's responses, numbered from 0, of which `first_row` is the
-        batch's first: all of its ranks see each, and take turns."""
-
-        def tell(index: int, tokens: Sequence[int]) -> None:
-            if on_finished is not None and index % self._tp == self._group.rank() % self._tp:
-                on_finished(first_row + index, tokens)
-
-        return tell
 
     def _run(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], tell: OnFinished

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_riskpo.rollout.replicas import Responses, join_prompts, slice_of
+from megatron_riskpo.rollout.replicas import Responses, in_turns, join_prompts, slice_of
 
 
 @pytest.mark.parametrize(("num_items", "num_parts"), [(0, 3), (2, 5), (7, 3), (12, 4)])
@@ -38,3 +38,13 @@ def test_each_response_follows_its_own_prompt():
     assert rollouts.finished.tolist() == [True, False, False, True]
     assert rollouts.weight_versions.tolist() == [0, 1, 2, 2, 3]
     assert rollouts.select([3, 1]).weight_versions.tolist() == [3, 1, 2]
+
+
+def test_ranks_of_a_replica_take_turns():
+    told: list[tuple[int, int, list[int]]] = []
+    for rank in range(3):
+        tell = in_turns(lambda row, tokens, rank=rank: told.append((rank, row, list(tokens))), 10, rank, 3)
+        for row in (2, 0, 1, 3):
+            tell(row, [row])
+    assert sorted(told) == [(0, 10, [0]), (0, 13, [3]), (1, 11, [1]), (2, 12, [2])]
+    in_turns(None, 0, 0, 1)(0, [])
