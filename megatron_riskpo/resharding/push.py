@@ -18,7 +18,7 @@ from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.checksums import checksum
 from megatron_riskpo.resharding.plan import RankPlan
 from megatron_riskpo.resharding.rounds import Message, Part, Round, bucket_sizes, make_rounds
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport, reason_of
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport
 
 
 class ShardSink(Protocol):
@@ -110,13 +110,8 @@ class WeightPush:
             sends += [Parcel(message.peer, self._sums(message.parts)) for message in step.sends]
             for message in step.receives:
                 receives.append(Parcel(message.peer, bucket.new_empty(len(message.parts), dtype=torch.int64)))
-        try:
+        with self._waiting(step, version):
             pending = self._transport.start(sends, receives)
-        except RuntimeError as error:
-            peers = sorted({parcel.peer for parcel in (*sends, *receives)})
-            raise RunError(
-                f"{self._where(version, step)} could not be sent: {reason_of(error)}; of ranks {peers} one is dead"
-            ) from error
         self._copy_local(step, sink, version)
         return _Flight(step, pending, sends)
 

@@ -64,7 +64,7 @@ class ServerClient:
         try:
             await self._call("GET", "/health", None, timeout_s)
             return not (await self.weight_label(timeout_s)).startswith(_HALF_UPDATED)
-        except ServerError:
+        except (ServerError, RunError):  # or something else answers at its address
             return False
 
     async def begin_update(self, version: int, timeout_s: float) -> None:

@@ -183,14 +183,16 @@ class ServerEngine:
         """The rollouts, whole on every rank; the rank that asked for a response tells `on_finished` of it as soon as it
         is there. Collective. Servers that fail meanwhile are started again and given the weights again, where no other
         can take over. Raises RunError, on every rank, where that does not help."""
-        for _ in range(1 + self._config.server.max_restarts):
+        unfinished = 0
+        for attempt in range(1 + self._config.server.max_restarts):
+            if attempt:
+                self.update_weights(self._export(), self._weight_version)
             errors = self._finish_local(pending, on_finished)
             unfinished = self._settle(pending, errors)
             if not unfinished:
                 local = to_responses(pending.responses)
                 gathered = gather_responses(local, len(pending.prompts), pending.sampling.group_size, 1, self._group)
                 return join_prompts(pending.prompts, pending.sampling.group_size, gathered)
-            self.update_weights(self._export(), self._weight_version)
         raise RunError(
             f"{unfinished} responses could not be sampled, with {self._config.server.max_restarts} restarts of the "
             f"servers ({self._reasons()})"

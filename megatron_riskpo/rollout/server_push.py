@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.bucket_file import write_bucket
 from megatron_riskpo.resharding.buckets import NamedTensor
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
@@ -57,7 +58,7 @@ class ServerUpdate:
     async def _guarded(self, server: Server, work: Coroutine[Any, Any, Any]) -> None:
         try:
             await server.call(work)
-        except ServerError as error:
+        except (ServerError, RunError) as error:  # a refusal too: the others may take it, or all are named
             self.fail(server.client.url, str(error))
 
 

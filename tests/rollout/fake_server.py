@@ -28,6 +28,8 @@ class FakeServer:
     """Generate calls answered with 500."""
     failing_calls: set[str] = field(default_factory=set)
     """Paths that are always answered with 500."""
+    refused_calls: set[str] = field(default_factory=set)
+    """Paths that are always answered with 400."""
     silent: bool = False
     """Answer nothing at all, as a stopped process."""
     delay_s: float = 0.0
@@ -54,6 +56,8 @@ class FakeServer:
             await asyncio.sleep(0.02)
         if request.path in self.failing_calls:
             return web.json_response({"error": {"message": "made to fail"}}, status=500)
+        if request.path in self.refused_calls:
+            return web.json_response({"error": {"message": "made to refuse"}}, status=400)
         if request.path == "/health":
             return web.Response(status=self.health_status)
         if request.path == "/inference/v1/generate":

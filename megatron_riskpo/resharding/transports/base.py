@@ -63,7 +63,8 @@ def fresh_buckets(sizes: Sequence[int], like: Tensor) -> list[Tensor]:
 def launch(
     sends: Sequence[Parcel], receives: Sequence[Parcel], group: dist.ProcessGroup
 ) -> list[tuple[Parcel, str, dist.Work]]:
-    """One batch of sends and receives; each message with what is done to it and its handle, or the batch's."""
+    """One batch of sends and receives; each message with what is done to it and its handle, or the batch's. Raises
+    PeerError where a link is broken already."""
     parcels = [(parcel, "waiting for") for parcel in receives] + [(parcel, "sending to") for parcel in sends]
     if not parcels:
         return []
@@ -72,13 +73,18 @@ def launch(
     is_batch = group._get_backend(device).supports_coalescing  # NCCL: one launch, and one handle
     if is_batch:
         group._start_coalescing(device)
-    works: list[Any] = [
-        (group.send if action == "sending to" else group.recv)([parcel.buffer], parcel.peer, 0)
-        for parcel, action in parcels
-    ]
+    works: list[Any] = [_begin(parcel, action, group) for parcel, action in parcels]
     if is_batch:
         works = [group._end_coalescing(device)] * len(parcels)
     return [(parcel, action, work) for (parcel, action), work in zip(parcels, works, strict=True)]
+
+
+def _begin(parcel: Parcel, action: str, group: dist.ProcessGroup) -> Any:
+    call = group.send if action == "sending to" else group.recv
+    try:
+        return call([parcel.buffer], parcel.peer, 0)
+    except RuntimeError as error:
+        raise PeerError(parcel.peer, action, reason_of(error)) from error
 
 
 def reason_of(error: BaseException) -> str:
