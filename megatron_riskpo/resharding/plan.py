@@ -160,7 +160,8 @@ def _chosen_source(
 
 def _round_number(layout: BridgeLayout, stage: int, replica: int | np.ndarray, chunk: np.ndarray) -> np.ndarray:
     """The round in which a replica takes a bucket of a stage."""
-    return chunk * layout.actor.pp + (stage - replica) % layout.actor.pp
+    num = layout.stages_at_once
+    return chunk * layout.num_turns + (stage - replica * num) % layout.actor.pp // num
 
 
 def _sends(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray:

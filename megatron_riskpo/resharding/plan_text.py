@@ -46,8 +46,8 @@ def summary(layout: BridgeLayout) -> list[str]:
     lines = [
         f"actor: {actor.world_size} ranks, tp {actor.tp}, pp {actor.pp}, vp {actor.vp}, cp {actor.cp}, ep {actor.ep}; "
         f"rollout: {rollout.replicas} engines, tp {rollout.tp}",
-        f"{actor.pp} x {schedule.num_chunks} rounds, of at most {layout.bucket_bytes / 2**20:g} MiB sent and received "
-        f"a rank; {sum(len(stream) for stream in schedule.streams)} tensors",
+        f"{layout.num_turns} x {schedule.num_chunks} rounds, of at most {layout.bucket_bytes / 2**20:g} MiB sent and "
+        f"received a rank; {sum(len(stream) for stream in schedule.streams)} tensors",
         "rank     receives MiB   from itself   from its node   from others   sends MiB   largest round MiB",
     ]
     num_ranks = max(actor.world_size, rollout.rank(rollout.replicas, 0))

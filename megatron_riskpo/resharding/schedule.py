@@ -1,8 +1,9 @@
 """What the ranks have to agree on: the stages' streams, and their cut into rounds.
 
 In a round a replica takes one bucket of one stage's stream, and in the next round one of the next stage's. Replica r
-starts with stage r % pp. So all stages give at all times, and one that gives to a single replica fills a bucket while
-that replica takes another stage's; after pp * (buckets of the longest stream) rounds everyone has everything.
+starts with stage r % pp. Where there are fewer replicas than stages, a replica takes parts of a bucket from several
+stages at once, and replica r starts at stage r times their number: all stages give at all times. After (stages / stages
+at once) * (buckets of the longest stream) rounds everyone has everything.
 """
 
 from collections.abc import Mapping
@@ -59,6 +60,16 @@ class BridgeLayout:
         both = self.rollout.first_rank < self.actor.world_size
         return self.bucket_bytes // 2 if both else self.bucket_bytes
 
+    @property
+    def stages_at_once(self) -> int:
+        """From which a replica takes in a round."""
+        return max(1, self.actor.pp // self.rollout.replicas)
+
+    @property
+    def num_turns(self) -> int:
+        """Rounds after which a replica is back at a stage."""
+        return -(-self.actor.pp // self.stages_at_once)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -111,17 +122,17 @@ def target_experts(layout: BridgeLayout, tp_rank: int) -> tuple[int, int]:
 def make_schedule(layout: BridgeLayout) -> Schedule:
     """The same on every rank. Raises UsageError where a bucket is too small or sizes do not divide."""
     streams, chunks = [], []
-    received = _received(layout)
+    received, limit = _received(layout), layout.limit // layout.stages_at_once
     for stage in range(layout.actor.pp):
         sent = _sent(layout, stage, received)
         order = interleaved_experts(layout.model.shape.num_experts, _owners(layout))
         whole = stage_stream(layout.model, layout.actor, stage, order)
         most = np.maximum(received.max(axis=0), sent)[whole.piece]
-        stream = cut_large(whole, most * layout.item_size * whole.high, layout.limit, whole.high)
+        stream = cut_large(whole, most * layout.item_size * whole.high, limit, whole.high)
         columns = (stream.high - stream.low) * layout.item_size
         loads = np.concatenate([_receive_loads(layout, stream, received), _send_loads(layout, stream, sent)]) * columns
         streams.append(stream)
-        chunks.append(chunk_numbers(loads, layout.limit))
+        chunks.append(chunk_numbers(loads, limit))
     turns = tuple(stream.turns() for stream in streams)
     return Schedule(tuple(streams), turns, tuple(chunks), max(int(chunk.max(initial=0)) for chunk in chunks) + 1)
 
