@@ -19,7 +19,7 @@ from megatron_riskpo.distributed.launch import RankEnv, die_with_launcher, launc
 from megatron_riskpo.distributed.leave import leave
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.doctor_command import add_doctor, run_doctor
-from megatron_riskpo.errors import RiskpoError, UsageError, check_out_file
+from megatron_riskpo.errors import RiskpoError, UsageError, check_out_file, one_line
 from megatron_riskpo.evaluate_command import add_evaluate, overrides_last, run_evaluate
 from megatron_riskpo.plan_command import add_plan, run_plan
 from megatron_riskpo.serve_command import add_serve, run_serve
@@ -67,16 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(error: Exception) -> tuple[str, int]:
     """One line for the user, and the exit code."""
     if isinstance(error, RiskpoError):
-        return _one_line(error), error.exit_code
+        return one_line(error), error.exit_code
     full = _disk_full(error)
     if full is not None:
         where = f" while writing {full.filename}" if isinstance(full, OSError) and full.filename else ""
-        return f"no space left on device{where}: {_one_line(error)}; free space or set run.dir to another disk", 1
-    return f"{type(error).__name__}: {_one_line(error)} (use --debug for the traceback)", 1
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        return f"no space left on device{where}: {one_line(error)}; free space or set run.dir to another disk", 1
+    return f"{type(error).__name__}: {one_line(error)} (use --debug for the traceback)", 1
 
 
 def _disk_full(error: BaseException) -> BaseException | None:

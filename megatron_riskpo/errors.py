@@ -31,3 +31,8 @@ def check_out_folder(folder: Path) -> None:
     for place in (folder, *folder.parents):
         if place.is_file():
             raise UsageError(f"--out: {place} is a file; name a folder")
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """What the error says, without line breaks, in `limit` characters at most."""
+    return " ".join(str(error).split())[:limit]

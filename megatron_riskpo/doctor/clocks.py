@@ -1,11 +1,12 @@
 """Clocks of a job's nodes against rank 0's."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 from megatron_riskpo.doctor.line import Line
+from megatron_riskpo.doctor.meeting import GRACE_S
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.watchdog.guard import CLOCK_SKEW_S
 
@@ -14,12 +15,14 @@ WARN_S = 1.0
 
 
 def clock_offsets(
-    store: Any, rank: int, leaders: Mapping[str, int], timeout_s: float
+    rank: int, leaders: Mapping[str, int], timeout_s: float, enter: Callable[[str], None], store: Any
 ) -> dict[str, tuple[float, float]]:
     """Host -> seconds that its clock is ahead of rank 0's, and how far that may be off; on rank 0, empty elsewhere.
-    `leaders`: the rank of each host that answers. Each host is asked in turn, and answers with its time. Raises
-    RunError, on rank 0, that names a host that does not answer in time."""
-    limit = timedelta(seconds=timeout_s)
+    `leaders`: the rank of each host that answers. Each host is asked in turn, and answers with its time. Made for
+    `watched`, which ends those that still wait to be asked when rank 0 raises RunError: a host did not answer in half
+    of the time."""
+    enter("messages to and fro")
+    limit = timedelta(seconds=timeout_s / 2)
     offsets = {}
     if rank == 0:
         for host, leader in leaders.items():
@@ -30,12 +33,12 @@ def clock_offsets(
             try:
                 store.wait([f"clock/answer/{leader}"], limit)
             except RuntimeError as error:
-                raise RunError(f"clocks: {host} (rank {leader}) does not answer within {timeout_s:g} s") from error
+                raise RunError(f"{host} (rank {leader}) does not answer within {timeout_s / 2:g} s") from error
             answered = time.time()
             theirs = float(store.get(f"clock/answer/{leader}"))
             offsets[host] = (theirs - (asked + answered) / 2, (answered - asked) / 2)
     elif rank in leaders.values():
-        store.wait([f"clock/ask/{rank}"], limit * len(leaders))
+        store.wait([f"clock/ask/{rank}"], timedelta(seconds=2 * timeout_s + GRACE_S))
         store.set(f"clock/answer/{rank}", repr(time.time()))
     return offsets
 

@@ -6,6 +6,7 @@ import platform
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_riskpo.doctor.examine import node_lines
 from megatron_riskpo.doctor.job_lines import checkpoint_lines, fold, shared_folder_line, version_lines
 from megatron_riskpo.doctor.line import Line
 from megatron_riskpo.doctor.machine import Disk, GpuState
-from megatron_riskpo.doctor.meeting import Meeting, meet
+from megatron_riskpo.doctor.meeting import GRACE_S, Meeting, meet
 from megatron_riskpo.doctor.watched import watched
 
 PACKAGES = (
@@ -57,10 +58,13 @@ def examine_job(env: RankEnv, options: JobOptions) -> list[Line]:
     host = socket.gethostname()
     meeting = meet(env, options.timeout_s, host)
     nodes = bandwidth.ranks_by_host(meeting.hosts or [])
-    lines = _examine_nodes(meeting, nodes, options)
-    if any(line.state == "fail" for line in lines):
-        return [*lines, Line("all-reduce", "warn", "not measured: lines above fail", "mend those first")]
-    return [*lines, *_examine_links(meeting, nodes, options)]
+    try:
+        lines = _examine_nodes(meeting, nodes, options)
+        if any(line.state == "fail" for line in lines):
+            return [*lines, Line("all-reduce", "warn", "not measured: lines above fail", "mend those first")]
+        return [*lines, *_examine_links(meeting, nodes, options)]
+    finally:
+        meeting.part()
 
 
 def versions_here() -> dict[str, str]:
@@ -96,7 +100,7 @@ def _examine_nodes(meeting: Meeting, nodes: dict[str, list[int]], options: JobOp
             with contextlib.suppress(OSError):
                 token.unlink()
     leaders = {host: of_node[0] for host, of_node in nodes.items()}
-    clocks = meeting.collect("clocks", clock_offsets(meeting.store, env.rank, leaders, options.timeout_s))[0]
+    clocks = watched(meeting, "clocks", partial(clock_offsets, env.rank, leaders, options.timeout_s))[0]
     of_nodes = {host: found[leader] for host, leader in leaders.items()}
     disks = {host: Disk(**node["disk"] | {"path": options.run_dir}) for host, node in of_nodes.items()}
     return [
@@ -156,7 +160,7 @@ def _disk_lines(disks: dict[str, Disk], options: JobOptions) -> list[Line]:
 
 
 def _examine_links(meeting: Meeting, nodes: dict[str, list[int]], options: JobOptions) -> list[Line]:
-    rates = watched(meeting, "bandwidth", lambda enter: asdict(_measure(meeting, nodes, options.timeout_s, enter)))
+    rates = watched(meeting, "bandwidth", lambda enter, store: asdict(_measure(meeting, nodes, enter, store)))
     found = [Rates(**rate) for rate in rates]
     expected = _expected(found[0].gpu, options)
     slowest = min((rate.between for rate in found if rate.between), default=0.0)
@@ -176,14 +180,15 @@ class Rates:
     """Its name; empty on a CPU."""
 
 
-def _measure(meeting: Meeting, nodes: dict[str, list[int]], timeout_s: float, enter: Callable[[str], None]) -> Rates:
-    """On a thread of its own: any of it may hang."""
+def _measure(meeting: Meeting, nodes: dict[str, list[int]], enter: Callable[[str], None], store: Any) -> Rates:
+    """On a thread of its own, with a store of its own: any of it may hang."""
     import torch
     import torch.distributed as dist
 
     env, hosts = meeting.env, meeting.hosts or []
     enter("the start of torch's process group")
-    init_process_group(env, timeout_s, store=meeting.store)
+    # Longer than rank 0 waits before it judges: torch's own time-outs say nothing of the rank that is late.
+    init_process_group(env, 2 * meeting.timeout_s + GRACE_S, store=store)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     enter("the first all-reduce of all ranks")

@@ -1,5 +1,6 @@
 """All ranks of a job, and what each of them has to say, through torch's store: a rank that does not come is named."""
 
+import contextlib
 import json
 import os
 import time
@@ -8,11 +9,16 @@ from datetime import timedelta
 from typing import Any
 
 from megatron_riskpo.distributed.launch import RankEnv, all_hosts
-from megatron_riskpo.errors import RunError
+from megatron_riskpo.distributed.patient_thread import PatientThread
+from megatron_riskpo.errors import RunError, one_line
 
 _POLL_S = 0.05
 GRACE_S = 10.0
 """How much longer than rank 0 the others wait: it says who is missing."""
+_PART_S = 5.0
+"""So long rank 0, whose process holds the store, stays for those that have still to read."""
+MAX_ERROR = 200
+"""Characters of another library's error that go into a line."""
 
 
 class SharedError(RunError):
@@ -41,6 +47,20 @@ class Meeting:
         if complaint:
             raise SharedError(complaint)
         return [json.loads(self._get(f"{stage}/{rank}", GRACE_S)) for rank in range(self.env.world_size)]
+
+    def part(self) -> None:
+        """The end of it; rank 0 goes last, but waits for nobody that is stopped."""
+        with contextlib.suppress(RuntimeError):
+            PatientThread(_PART_S).do(self._part, None)
+
+    def _part(self) -> None:
+        others = self.env.world_size - 1
+        if self.env.rank:
+            self.store.add("parted", 1)
+            return
+        deadline = time.monotonic() + _PART_S
+        while self.store.add("parted", 0) < others and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def _wait_for_all(self, stage: str) -> list[int]:
         """The ranks that did not come."""
@@ -77,7 +97,7 @@ class Meeting:
             self.store.wait([key], timedelta(seconds=timeout_s))
             return self.store.get(key).decode()
         except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
-            raise RunError(f"rank 0 does not answer any more ({_one_line(error)}); see its output") from error
+            raise RunError(f"rank 0 does not answer any more ({one_line(error, MAX_ERROR)}); see its output") from error
 
 
 def meet(env: RankEnv, timeout_s: float, host: str) -> Meeting:
@@ -95,8 +115,8 @@ def meet(env: RankEnv, timeout_s: float, host: str) -> Meeting:
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
         doing = "cannot listen" if is_master else "rank 0 does not answer"
         raise RunError(
-            f"{doing} at {address}:{port} within {timeout_s:g} s (from {host}: {_one_line(error)}); see whether rank 0 "
-            "started, and whether a firewall lies between"
+            f"{doing} at {address}:{port} within {timeout_s:g} s (from {host}: {one_line(error, MAX_ERROR)}); see "
+            "whether rank 0 started, and whether a firewall lies between"
         ) from error
     meeting = Meeting(dist.PrefixStore("riskpo-doctor", store), env, timeout_s)
     meeting.hosts = meeting.collect("roll call", host)
@@ -110,7 +130,3 @@ def step_hosts() -> list[str]:
         return all_hosts(nodelist) if nodelist else []
     except RunError:
         return []
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,36 +1,142 @@
-"""Who is blamed when communication hangs, from made-up progress. With real ranks: test_job."""
+"""Ranks as threads that meet in a real store, each over a connection of its own. With real ranks: test_job."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from megatron_riskpo.doctor.watched import Progress, blame
+from megatron_riskpo.distributed.launch import RankEnv
+from megatron_riskpo.doctor import watched as module
+from megatron_riskpo.doctor.clocks import clock_offsets
+from megatron_riskpo.doctor.meeting import Meeting, SharedError
+from megatron_riskpo.doctor.watched import watched
+from megatron_riskpo.errors import RunError
 
-STAGES = ["start", "first", "inside"]
-HOSTS = ["n0", "n0", "n1", "n1"]
-FIRST, INSIDE, DONE = Progress(1, 9), Progress(2, 9), Progress(3, 5, is_done=True)
-LOST = Progress(2, 9, "closed by peer")
+HOSTS = ["n0", "n1", "n2"]
+LEADERS = {"n0": 0, "n1": 1, "n2": 2}
+LATE_S = 5.0
+"""A rank comes so late: longer than the store may be silent, within the time that it has."""
+OVER = threading.Event()
+"""What communication waits for in vain that hangs outside the store."""
+Enter = Callable[[str], None]
 
 
-CASES = {
-    "in inside rank 3 (n1) does not answer any more: stopped, or lost with the node": [INSIDE] * 3 + [Progress(2, 5)],
-    "in the start rank 3 (n1) does not answer any more: stopped, or lost with the node": [INSIDE] * 3 + [Progress()],
-    "ranks 2 (n1), 3 (n1) do not get through first within 60 s, others do": [INSIDE, INSIDE, FIRST, FIRST],
-    # A rank that is done tells nothing more, and is not to blame.
-    "ranks 0 (n0), 2 (n1), 3 (n1) do not get through inside within 60 s, others do": [INSIDE, DONE, INSIDE, INSIDE],
-    "rank 2 (n1) does not get through inside: CUDA error": [INSIDE, INSIDE, Progress(2, 9, "CUDA error"), INSIDE],
-    "no rank gets through first within 60 s": [FIRST] * 4,
-    # Whatever others say of the loss of their peer.
-    "rank 3 (n1) does not get through first within 60 s, others do": [LOST, INSIDE, INSIDE, FIRST],
+def one_is_late(rank: int, enter: Enter, store: Any) -> int:
+    enter("start")
+    if rank == 0:
+        time.sleep(LATE_S)
+        store.set("late", "")
+    store.wait(["late"])
+    return rank
+
+
+def rank_0_is_too_late(rank: int, enter: Enter, store: Any, late: int = 0) -> None:
+    if rank == late:
+        OVER.wait()
+    enter("start")
+    store.wait(["never"])
+
+
+def rank_2_is_too_late(rank: int, enter: Enter, store: Any) -> None:
+    rank_0_is_too_late(rank, enter, store, late=2)
+
+
+def rank_1_fails(rank: int, enter: Enter, store: Any) -> None:
+    enter("pairs")
+    if rank == 1:
+        time.sleep(0.5)
+        raise RuntimeError("CUDA error\nsee above")
+    if rank == 2:
+        store.wait(["never"])
+
+
+def rank_1_hangs(rank: int, enter: Enter, store: Any) -> None:
+    enter("pairs")
+    if rank == 1:
+        OVER.wait()
+
+
+def a_clock_hangs(rank: int, enter: Enter, store: Any) -> Any:
+    if rank == 1:
+        enter("messages to and fro")
+        OVER.wait()
+    return clock_offsets(rank, LEADERS, 2.0, enter, store)
+
+
+def clocks(rank: int, enter: Enter, store: Any) -> Any:
+    return clock_offsets(rank, LEADERS, 50.0, enter, store)
+
+
+TIMEOUTS_S = {
+    one_is_late: 50.0,
+    rank_0_is_too_late: 1.0,
+    rank_2_is_too_late: 1.0,
+    rank_1_fails: 50.0,
+    rank_1_hangs: 1.0,
+    a_clock_hangs: 2.0,
+    clocks: 50.0,
 }
+"""Of the meeting, by what the ranks do. All run side by side: each mostly waits."""
 
 
-@pytest.mark.parametrize("words", CASES)
-def test_who_is_to_blame(words: str) -> None:
-    after = CASES[words]
-    before = [Progress(progress.stage, 5) if progress.stage >= 0 else progress for progress in after]
-    assert blame(before, after, STAGES, HOSTS, 60.0) == words
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Any, list[Any]]:
+    """What `watched` returns, or the error that it raises, on every rank."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(TIMEOUTS_S)) as pool:
+        for name, value in (("_TELL_S", 0.1), ("_SILENT_S", 1.5), ("_STORE_S", 4.0)):
+            patch.setattr(module, name, value)
+        found = dict(zip(TIMEOUTS_S, pool.map(all_ranks, TIMEOUTS_S, TIMEOUTS_S.values()), strict=True))
+        OVER.set()
+    return found
 
 
-def test_many_ranks_are_counted() -> None:
-    after = [Progress(2, 9)] * 4 + [Progress(1, 9)] * 60
-    words = blame([Progress(1, 5)] * 64, after, STAGES, ["n"] * 64, 60.0)
-    assert words.endswith("19 (n) and 44 more do not get through first within 60 s, others do")
+def all_ranks(work: Callable[[int, Enter, Any], Any], timeout_s: float) -> list[Any]:
+    server = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+
+    def one(rank: int) -> Any:
+        client = dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=60))
+        meeting = Meeting(dist.PrefixStore("test", client), RankEnv(rank, len(HOSTS), 0), timeout_s, HOSTS)
+        try:
+            return watched(meeting, "test", lambda enter, store: work(rank, enter, store))
+        except RunError as error:
+            return error
+        finally:
+            meeting.part()
+
+    with ThreadPoolExecutor(len(HOSTS)) as pool:
+        return list(pool.map(one, range(len(HOSTS))))
+
+
+def test_a_rank_that_comes_late_but_in_time_is_waited_for(outcomes) -> None:
+    assert outcomes[one_is_late] == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (rank_0_is_too_late, "rank 0 (n0) does not get through the start within 1 s, others do"),
+        (rank_2_is_too_late, "rank 2 (n2) does not get through the start within 1 s, others do"),
+        (rank_1_fails, "rank 1 (n1) does not get through pairs: CUDA error see above"),
+        (rank_1_hangs, "rank 1 (n1) does not get through pairs within 1 s, others do"),
+        (
+            a_clock_hangs,
+            "rank 0 (n0) does not get through messages to and fro: n1 (rank 1) does not answer within 1 s",
+        ),
+    ],
+)
+def test_who_keeps_the_others_waiting_is_named_on_all_ranks(work, words: str, outcomes) -> None:
+    """Whether rank 0 waits as well, or is done."""
+    assert all(isinstance(error, SharedError) for error in outcomes[work]), outcomes[work]
+    assert {str(error).partition("; see ")[0] for error in outcomes[work]} == {f"test: {words}"}
+
+
+def test_clocks_of_one_machine_agree(outcomes) -> None:
+    offsets = outcomes[clocks][0][0]
+    assert offsets.keys() == {"n1", "n2"}
+    for offset, error in offsets.values():
+        assert abs(offset) <= error + 1e-3
