@@ -20,7 +20,8 @@ class PatientThread:
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._last: Future[Any] = Future()
         self._last.set_result(None)
-        self._is_late = False
+        self._late: Future[Any] | None = None
+        """The call that was given up last."""
         threading.Thread(target=self._run, daemon=True).start()
 
     @property
@@ -30,8 +31,8 @@ class PatientThread:
 
     @property
     def hangs(self) -> bool:
-        """Whether a call took longer than `patience_s`, and has not returned yet."""
-        return self._is_late and not self.is_idle
+        """Whether a call that `do` has given up has not returned yet."""
+        return self._late is not None and not self._late.done()
 
     def begin(self, work: Callable[[], T]) -> "Future[T]":
         """Have it called; nobody waits."""
@@ -43,13 +44,14 @@ class PatientThread:
         """What `work` returns; `otherwise` where that takes longer than `patience_s`, or an earlier call hangs."""
         if self.hangs:
             return otherwise
+        call = self.begin(work)
         try:
-            return self.begin(work).result(self._patience_s)
+            return call.result(self._patience_s)
         except TimeoutError:
-            if self.is_idle:
-                # The call's own.
-                raise
-            self._is_late = True
+            if call.done():
+                # The call's own, or it came just now.
+                return call.result()
+            self._late = call
             return otherwise
 
     def _run(self) -> None:

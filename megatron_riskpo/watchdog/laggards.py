@@ -8,6 +8,7 @@ from megatron_riskpo.watchdog.heartbeat import Heartbeat
 
 MAX_NAMED = 8
 _COLLECTIVE = re.compile(r"torch/distributed/|pipeline_parallel/p2p_communication\.py")
+_FRAME = re.compile(r'^ +File "', re.MULTILINE)
 _THREAD = re.compile(r"^(?=(?:Current thread|Thread) 0x)", re.MULTILINE)
 
 
@@ -20,12 +21,17 @@ class Sighting:
     """None: it has not written any in this attempt."""
     after: Heartbeat | None
     stacks: str = ""
-    """Of its threads, as it wrote them last; empty: none are known."""
+    """Of its threads, as it wrote them last; without a frame where none are known."""
 
     @property
     def is_silent(self) -> bool:
         """Whether its guard has not written in between."""
         return self.before is not None and self.after is not None and self.before.beat == self.after.beat
+
+    @property
+    def has_stacks(self) -> bool:
+        """They may come late, and a process that the kernel holds writes none."""
+        return bool(_FRAME.search(self.stacks))
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -37,17 +43,23 @@ def laggards(ranks: Sequence[Sighting]) -> dict[int, str]:
 
     In this order, the first that is true of any: ranks that have not started, whose guard is silent, or that are
     stopped; those that are behind the others by a phase; those in the same phase whose main thread is not in a
-    collective while that of others is.
+    collective while that of others is, as far as stacks are known.
     """
+    return _gone_or_behind(ranks) or _busy(ranks)
+
+
+def _gone_or_behind(ranks: Sequence[Sighting]) -> dict[int, str]:
     gone = {seen.rank: complaint for seen in ranks if (complaint := _out_of_action(seen))}
     if gone:
         return gone
     first = max(seen.progress for seen in ranks)
-    behind = {seen.rank: _where(seen) for seen in ranks if seen.progress < first}
-    if behind:
-        return behind
-    busy = {seen.rank: f"{_where(seen)}, in no collective" for seen in ranks if not waits_for_others(seen.stacks)}
-    return busy if len(busy) < len(ranks) else {}
+    return {seen.rank: _where(seen) for seen in ranks if seen.progress < first}
+
+
+def _busy(ranks: Sequence[Sighting]) -> dict[int, str]:
+    known = [seen for seen in ranks if seen.has_stacks]
+    busy = {seen.rank: f"{_where(seen)}, in no collective" for seen in known if not waits_for_others(seen.stacks)}
+    return busy if len(busy) < len(known) else {}
 
 
 def _out_of_action(seen: Sighting) -> str:
@@ -79,14 +91,21 @@ def waits_for_others(stacks: str) -> bool:
 def summary(ranks: Sequence[Sighting], cause: str, folder: str, remedy: str) -> str:
     """One line for the user."""
     late = laggards(ranks)
+    unknown = [] if _gone_or_behind(ranks) else [seen.rank for seen in ranks if not seen.has_stacks]
     if not late:
         where = _where(ranks[0])
         found = f"no rank is behind the others; {where}" if len(ranks) > 1 else where
     else:
         found = "; ".join(list(late.values())[:MAX_NAMED])
         if len(late) > MAX_NAMED:
-            rest = [str(rank) for rank in list(late)[MAX_NAMED:]]
-            found += f"; and {len(rest)} more (ranks {', '.join(rest[:64])}{', ...' * (len(rest) > 64)})"
-        waiting = len(ranks) - len(late)
+            rest = list(late)[MAX_NAMED:]
+            found += f"; and {len(rest)} more (ranks {_numbers(rest)})"
+        waiting = len(ranks) - len(late) - len(unknown)
         found += f"; {waiting} of {len(ranks)} ranks wait for {'it' if len(late) == 1 else 'them'}" if waiting else ""
+    if unknown:
+        found += f"; stacks unknown of rank{'s' * (len(unknown) > 1)} {_numbers(unknown)}"
     return f"{cause}: {found}; stacks: {folder}; {remedy}"
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:64])) + ", ..." * (len(ranks) > 64)

@@ -44,6 +44,11 @@ def seen(rank: int, stacks: str = "", answers: bool = True, **values) -> Sightin
         ([seen(0, IN_COLLECTIVE), seen(1, AT_WORK)], {1: "after step 3 for 1800 s, in no collective"}),
         ([seen(0, IN_COLLECTIVE), seen(1, IN_COLLECTIVE)], {}),
         ([seen(0, AT_WORK), seen(1, AT_WORK)], {}),
+        # Their stacks have not come.
+        ([seen(0, IN_COLLECTIVE), seen(1), seen(2, AT_WORK)], {2: "in no collective"}),
+        ([seen(0, IN_COLLECTIVE), seen(1)], {}),
+        ([seen(0, IN_COLLECTIVE), seen(1, "no stacks: the process does not answer (state D)\n")], {}),
+        ([seen(0, AT_WORK), seen(1)], {}),
         ([seen(0)], {}),
         # A stopped rank is named, and not the one that is behind because of it.
         ([seen(0, phases=18), seen(1, state="T"), seen(2)], {1: "stopped"}),
@@ -74,6 +79,19 @@ def test_the_line_names_few_and_counts_the_others() -> None:
     assert f"and {19 - MAX_NAMED} more (ranks 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)" in line
     assert line.endswith("; 1 of 20 ranks wait for them; stacks: runs/a/stall; do x")
     assert "\n" not in line
+
+
+def test_ranks_without_stacks_neither_lag_nor_wait() -> None:
+    line = summary([seen(0, IN_COLLECTIVE), seen(1, AT_WORK), seen(2), seen(3)], "no progress", "stall", "do x")
+    assert line.startswith("no progress: rank 1 (n0) is in update after step 3 for 1800 s, in no collective; ")
+    assert "; 1 of 4 ranks wait for it; stacks unknown of ranks 2, 3; stacks: stall; do x" in line
+    line = summary([seen(0, IN_COLLECTIVE), seen(1)], "no progress", "stall", "do x")
+    assert (
+        "no rank is behind the others; rank 0 (n0) is in update after step 3 for 1800 s; stacks unknown of rank 1;"
+        in line
+    )
+    # Where another reason names a rank they do not matter.
+    assert "unknown" not in summary([seen(0), seen(1, state="T")], "no progress", "stall", "do x")
 
 
 def test_without_laggards_the_line_says_so() -> None:
