@@ -2,15 +2,17 @@
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_riskpo.distributed.launch import report_error
 from megatron_riskpo.distributed.patient_thread import PatientThread
 from megatron_riskpo.watchdog import process
-from megatron_riskpo.watchdog.heartbeat import Heartbeat, read_heartbeat, read_heartbeats
+from megatron_riskpo.watchdog.heartbeat import Heartbeat, read_heartbeat
 from megatron_riskpo.watchdog.laggards import Sighting, summary, whereabouts
 from megatron_riskpo.watchdog.settings import GuardSettings
 from megatron_riskpo.watchdog.stall import StallFolder
@@ -20,13 +22,27 @@ ANSWER_S = 4.5
 STOPPED_DUMP_S = 2.5
 """A stopped rank has to go on to write its stacks: after the others have written theirs."""
 REPORT_S = 4.0
-"""How much longer a guard waits for the report of the one that speaks for all."""
+READ_S = 0.01
+"""How much longer a guard waits for the report of the one that speaks for all, and for each rank, of which that one
+reads three small files."""
 BESIDE_S = 2.0
 """After the report, the ranks beside this one have so long to be ended by their own guards."""
+OUTPUT_S = 2.0
+"""The rank's output has to take the report."""
 _PAUSE_S = 0.5
+_CHUNK = 128
+"""Files that are read between two beats."""
 REMEDY = "the same command goes on from the last checkpoint"
 STALLED_FILE = "RISKPO_STALLED_FILE"
 """Environment variable: a file to write then, by which a job script tells a stall from a failure."""
+
+
+T = TypeVar("T")
+
+
+def longest_s(world_size: int) -> float:
+    """From the call to the end of the rank, where the folder and the output take what is written."""
+    return ANSWER_S + REPORT_S + READ_S * world_size + BESIDE_S
 
 
 class Ending:
@@ -39,24 +55,49 @@ class Ending:
     ) -> None:  # fmt: skip
         self._settings, self._stall, self._folder, self._beat, self._start = settings, stall, folder, beat, start
         self._run_dir = Path(settings.run_dir)
+        self._output = PatientThread(OUTPUT_S)
         self._stacks = ""
 
     def run(self, cause: str) -> None:
-        """Takes ANSWER_S, REPORT_S and BESIDE_S at most, and the folder's patience once where that hangs."""
+        """Takes `longest_s` at most, and the patience with the folder and with the output once where they hang."""
+        try:
+            self._explain(cause)
+        finally:
+            self._kill()
+
+    def _explain(self, cause: str) -> None:
         begun = time.monotonic()
         self._folder.do(lambda: self._stall.call_once(self._settings.rank, cause), None)
         heartbeat = self._beat(process.process_state(self._settings.pid))
-        before = self._folder.do(self._heartbeats, []) if self._settings.local_rank == 0 else []
+        before = self._look(heartbeat)
         if heartbeat.is_stopped:
             self._wait(begun + STOPPED_DUMP_S, heartbeat)
         self._write_stacks(heartbeat)
         self._wait(begun + ANSWER_S, heartbeat)
+        if not before:
+            # The folder may have been slow, and be well again.
+            before = self._look(heartbeat)
+            self._wait(time.monotonic() + ANSWER_S * bool(before), heartbeat)
         self._tell(cause, heartbeat, before)
-        self._folder.do(lambda: mark_stalled(self._stall.report or cause), None)
-        self._kill()
+        self._folder.do(lambda: mark_stalled(self._stall.report, cause), None)
 
-    def _heartbeats(self) -> list[Heartbeat | None]:
-        return read_heartbeats(self._run_dir, self._settings.world_size, self._start)
+    def _look(self, heartbeat: Heartbeat) -> list[Heartbeat | None]:
+        """At all ranks, where this one may speak for them; nothing where it may not, or the folder hangs."""
+        if self._settings.local_rank != 0:
+            return []
+        return self._of_all_ranks(lambda rank: read_heartbeat(self._run_dir, rank, self._start), heartbeat)
+
+    def _of_all_ranks(self, read: Callable[[int], T], heartbeat: Heartbeat) -> list[T]:
+        """Beats in between: of thousands of ranks it takes longer than others wait for an answer."""
+        found: list[T] = []
+        for first in range(0, self._settings.world_size, _CHUNK):
+            ranks = range(first, min(first + _CHUNK, self._settings.world_size))
+            some: list[T] = self._folder.do(lambda ranks=ranks: [read(rank) for rank in ranks], [])
+            if not some:
+                return []
+            found += some
+            self._beat(heartbeat.state)
+        return found
 
     def _write_stacks(self, heartbeat: Heartbeat) -> None:
         if os.getppid() != self._settings.pid:
@@ -77,21 +118,28 @@ class Ending:
 
     def _tell(self, cause: str, heartbeat: Heartbeat, before: list[Heartbeat | None]) -> None:
         """One line for all ranks, or where this one is alone, its own."""
-        if before and self._folder.do(lambda: self._is_first(before), False):
-            self._folder.do(lambda: self._report(cause, before), None)
+        if before and self._folder.do(lambda: not self._stall.report and self._is_first(before), False):
+            if self._report(cause, heartbeat, before):
+                return
         else:
-            self._wait(time.monotonic() + REPORT_S, heartbeat, lambda: bool(self._stall.report))
+            deadline = time.monotonic() + REPORT_S + READ_S * self._settings.world_size
+            self._wait(deadline, heartbeat, lambda: bool(self._stall.report))
         if self._folder.hangs:
-            print(self._stacks, file=sys.stderr, flush=True)
             found = (
                 f"{whereabouts(heartbeat)}; the run folder {self._run_dir} does not answer (a file system that hangs?)"
             )
-            self._tell_alone(f"{cause}: {found}, so nothing is known of other ranks; stacks: above")
+            self._tell_alone(f"{cause}: {found}, so nothing is known of other ranks; stacks: in this rank's output")
+            self._say(lambda: print(self._stacks, file=sys.stderr, flush=True))
         elif not self._folder.do(lambda: self._stall.report, ""):
             self._tell_alone(f"{cause}, and no other rank's guard answers; stacks: {self._stall.path}")
 
     def _tell_alone(self, line: str) -> None:
-        report_error(f"{line}; {REMEDY}", 1, expected=False)
+        self._say(lambda: report_error(f"{line}; {REMEDY}", 1, expected=False))
+
+    def _say(self, words: Callable[[], None]) -> None:
+        """A pipe that is full, or a disk that hangs, keeps no rank from its end; nor does one that nobody reads."""
+        with contextlib.suppress(OSError):
+            self._output.do(words, None)
 
     def _is_first(self, before: list[Heartbeat | None]) -> bool:
         """Whether no rank below this one has a guard that answers and may speak."""
@@ -102,12 +150,17 @@ class Ending:
                     return False
         return True
 
-    def _report(self, cause: str, before: list[Heartbeat | None]) -> None:
-        pairs = enumerate(zip(before, self._heartbeats(), strict=True))
-        ranks = [Sighting(rank, old, new, self._stall.stacks(rank)) for rank, (old, new) in pairs]
+    def _report(self, cause: str, heartbeat: Heartbeat, before: list[Heartbeat | None]) -> bool:
+        """Whether the folder had what is needed for it."""
+        after = self._look(heartbeat)
+        stacks = self._of_all_ranks(self._stall.stacks, heartbeat)
+        if not (after and stacks):
+            return False
+        ranks = [Sighting(rank, *seen) for rank, seen in enumerate(zip(before, after, stacks, strict=True))]
         line = summary(ranks, cause, str(self._stall.path), REMEDY)
-        self._stall.write_report(line)
-        report_error(line, 1, expected=True)
+        self._folder.do(lambda: self._stall.write_report(line), None)
+        self._say(lambda: report_error(line, 1, expected=True))
+        return True
 
     def _kill(self) -> None:
         """This rank, and in a while those beside it whose guards do not: torchrun would leave a stopped one 30 s."""
@@ -121,9 +174,16 @@ class Ending:
                 left.kill()
 
 
-def mark_stalled(text: str) -> None:
-    """Tell the job script, if any."""
+def mark_stalled(report: str, cause: str) -> None:
+    """Tell the job script, if any: the report; where there is none the cause, unless another guard has said more."""
     path = os.environ.get(STALLED_FILE)
-    if path:
-        with contextlib.suppress(OSError):
-            Path(path).write_text(f"{text.rstrip()}\n")
+    if not path:
+        return
+    with contextlib.suppress(OSError):
+        if report:
+            draft = Path(f"{path}.{socket.gethostname()}.{os.getpid()}")
+            draft.write_text(f"{report.rstrip()}\n")
+            draft.replace(path)
+        else:
+            with open(path, "x") as file:
+                file.write(f"{cause}\n")

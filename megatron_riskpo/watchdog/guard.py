@@ -134,6 +134,8 @@ def main() -> None:
     # One that was stopped with its rank ends as well.
     signal_when_parent_dies(signal.SIGCONT)
     Guard(GuardSettings(**json.loads(sys.argv[1]))).run()
+    # Python itself would wait for a thread that writes into a full pipe, and abort. All output is flushed.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,9 @@ def write_heartbeat(run_dir: Path, heartbeat: Heartbeat) -> None:
         file.write(text)
 
 
-def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
-    """None where there is none, or it is just being written."""
+def read_heartbeat(run_dir: Path, rank: int, since: float = 0.0) -> Heartbeat | None:
+    """None where there is none, it is just being written, or was before `since` (Unix time), by an earlier attempt."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Heartbeat(**json.loads(heartbeat_path(run_dir, rank).read_text()))
+        heartbeat = Heartbeat(**json.loads(heartbeat_path(run_dir, rank).read_text()))
+        return heartbeat if heartbeat.time >= since else None
     return None
-
-
-def read_heartbeats(run_dir: Path, world_size: int, since: float) -> list[Heartbeat | None]:
-    """Of all ranks; None for those that were written before `since` (Unix time), by an earlier attempt."""
-    found = (read_heartbeat(run_dir, rank) for rank in range(world_size))
-    return [heartbeat if heartbeat is not None and heartbeat.time >= since else None for heartbeat in found]

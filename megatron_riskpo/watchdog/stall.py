@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -60,6 +61,6 @@ class StallFolder:
         """Whole or not at all. A file system that takes nothing must not keep the guard from ending the run."""
         with contextlib.suppress(OSError):
             self.path.mkdir(parents=True, exist_ok=True)
-            draft = self.path / f".{name}.{os.getpid()}"
+            draft = self.path / f".{name}.{socket.gethostname()}.{os.getpid()}"
             draft.write_text(text)
             draft.replace(self.path / name)

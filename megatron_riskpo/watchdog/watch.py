@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megatron_riskpo.distributed.launch import RankEnv, inherited_fds
-from megatron_riskpo.watchdog.ending import ANSWER_S, BESIDE_S, REPORT_S
+from megatron_riskpo.watchdog.ending import longest_s
 from megatron_riskpo.watchdog.process import DUMP_SIGNAL
 from megatron_riskpo.watchdog.record import Position, SharedPosition
 from megatron_riskpo.watchdog.settings import GuardSettings
@@ -99,7 +99,7 @@ class Watchdog:
         os.write(self._stacks_fd, "".join(traceback.format_exception(error)).encode())
         self._move(replace(self._position, timed_out=True))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._guard.wait(2 * (ANSWER_S + REPORT_S + BESIDE_S))
+            self._guard.wait(2 * longest_s(self._env.world_size))
         # The kill of a guard that is done is on its way.
         time.sleep(1.0 if self._guard.poll() is not None else 0.0)
 
