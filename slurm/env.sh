@@ -36,8 +36,10 @@ server_host() {
 # options are added. Where it fails the job ends. PREFLIGHT=() leaves it out.
 PREFLIGHT=(doctor --job)
 
-# Times that a job whose run stood still is requeued, to go on from its last checkpoint.
+# Times in a row, without a new checkpoint in between, that a job whose run stood still is requeued.
 STALL_RETRIES=3
+# The same of a job whose time was up before anything was saved; one that was preempted does not count.
+IDLE_RETRIES=3
 # The same of a job whose ranks failed.
 RETRIES=0
 

@@ -17,6 +17,8 @@ ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
 ATTEMPT_DIR=$JOB_DIR/attempt_$ATTEMPT
 # Made by riskpo when its work is done: a run that a signal stopped has the same exit code.
 export RISKPO_DONE_FILE=$ATTEMPT_DIR/done
+# Made by riskpo when it has saved something to go on from.
+export RISKPO_PROGRESS_FILE=$ATTEMPT_DIR/progress
 export RISKPO_FAILED_FILE=$ATTEMPT_DIR/failed
 # Made by the watchdog when it ends a run that stands still, with the line that names the ranks.
 export RISKPO_STALLED_FILE=$ATTEMPT_DIR/stalled
@@ -166,7 +168,7 @@ finish() {
         exit 0
     fi
     if [ -n "$WARNED" ] && [ -z "$TERMINATED" ]; then
-        requeue
+        requeue_warned
     fi
     stay_if_preempted
     if [ -n "$TERMINATED" ]; then
@@ -180,25 +182,44 @@ finish() {
     echo "exit code $code"
     if [ -e "$RISKPO_STALLED_FILE" ]; then
         cat "$RISKPO_STALLED_FILE"
-        if (($(num_stalls) <= ${STALL_RETRIES:-3})); then
-            requeue
-        fi
+        retry stalled "${STALL_RETRIES:-3}"
     # 2: wrong input, which does not get better.
-    elif ((code != 0 && code != 2 && $(num_failures) <= RETRIES)); then
-        requeue
+    elif ((code != 0 && code != 2)); then
+        retry failed "${RETRIES:-0}"
     fi
     phase failed
     exit "$((code ? code : 1))"
 }
 
-# Attempts that stood still.
-num_stalls() {
-    find "$JOB_DIR" -path '*/attempt_*/stalled' | wc -l
+# After USR1. What does not get as far as to save before its time is up would else come back for ever.
+requeue_warned() {
+    if [ -e "$RISKPO_PROGRESS_FILE" ] || is_preempted; then
+        requeue
+    else
+        retry idle "${IDLE_RETRIES:-3}"
+        echo "nothing was saved before the time was up, after ${IDLE_RETRIES:-3} requeues for that (IDLE_RETRIES):" \
+            "ask for more time (--time), or an earlier warning (--signal)"
+        phase failed
+        exit 1
+    fi
 }
 
-# Attempts that failed in another way: those of a run that stands still fail, too.
-num_failures() {
-    echo $(($(find "$JOB_DIR" -path '*/attempt_*/failed' | wc -l) - $(num_stalls)))
+# retry REASON LIMIT: requeue the job, unless it was LIMIT times for the same reason since riskpo has saved something.
+retry() {
+    local attempt folder times=0
+    for ((attempt = ATTEMPT; attempt > 0; attempt--)); do
+        folder=$JOB_DIR/attempt_$attempt
+        if [ "$(cat "$folder/requeued" 2>/dev/null)" = "$1" ]; then
+            times=$((times + 1))
+        fi
+        if [ -e "$folder/progress" ]; then
+            break
+        fi
+    done
+    if ((times < $2)); then
+        echo "$1" >"$ATTEMPT_DIR/requeued"
+        requeue
+    fi
 }
 
 stop_servers() {
@@ -219,11 +240,15 @@ stop_servers() {
 # Where no warning was asked for, a job that has to make way gets TERM; it is requeued by Slurm itself, if it is still there
 # when its grace period ends.
 stay_if_preempted() {
-    if timeout 20 scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; then
+    if is_preempted; then
         phase preempted
         trap - TERM
         sleep infinity
     fi
+}
+
+is_preempted() {
+    timeout 20 scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
 }
 
 # Never after TERM: it would bring a cancelled job back to life.

@@ -26,6 +26,7 @@ from megatron_riskpo.checkpoint.retention import Retention, remove_old
 from megatron_riskpo.checkpoint.sharded import Parts, write_common, write_shards
 from megatron_riskpo.checkpoint.snapshot import Snapshot
 from megatron_riskpo.checkpoint.together import GroupFailureError, from_first, run_together
+from megatron_riskpo.distributed.job import report_progress
 from megatron_riskpo.errors import RunError
 
 STATE = "state.json"
@@ -96,6 +97,7 @@ def _finish(
         others = {name: describe_file(partial / name) for name in list_files(partial) if name not in files}
         write_manifest(partial, replace(snapshot.manifest, files=files | others))
         publish(partial)
+        report_progress()
         remove_old(partial.parent, snapshot.manifest.step, retention)
     return partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
 

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_riskpo.config import RewardConfig
 from megatron_riskpo.data.stream import sample_seeds
+from megatron_riskpo.distributed.job import report_progress
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.evaluation.benchmarks import Benchmark
 from megatron_riskpo.evaluation.grading import SOLVED_ABOVE, predicted_answer, sample_and_grade
@@ -105,6 +106,7 @@ def fill(
         if sampler.world.rank() == 0:
             for (name, seed), group in _by_file(batch, lines).items():
                 append_lines(folder / RESULTS_FOLDER / name / output_file(seed, greedy), group)
+            report_progress()
         say(f"{min(number + batch_size, len(tasks))} of {len(tasks)} answers")
         if number + batch_size < len(tasks) and is_stopping():
             return False

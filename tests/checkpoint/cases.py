@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import random
 import resource
 import time
@@ -143,9 +144,9 @@ def error_of(work: Callable[[], Any]) -> tuple[str, str]:
 
 
 def failing_saves(folder: Path) -> dict[str, Any]:
-    """The disk is full on one of two ranks, at three places of a save."""
+    """The disk is full on one of two ranks, at three places of a save; and what the job script is told."""
     actor = make_actor("tp2", folder.parent / "model", seed=1)
-    checkpoints = folder.parent / "full"
+    checkpoints, progress = folder.parent / "full", folder.parent / "progress"
     save_checkpoint(checkpoints, 1, actor, STATE, {}, Retention(keep=2))
     no_space = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     places = {
@@ -161,8 +162,13 @@ def failing_saves(folder: Path) -> dict[str, Any]:
         names = sorted(path.name for path in checkpoints.iterdir())
         results[name] = error, names, latest_complete(checkpoints)
         dist.barrier()
-    save_checkpoint(checkpoints, 2, actor, STATE, {}, Retention(keep=2))
-    return results | {"after": latest_complete(checkpoints)}
+    with mock.patch.dict(os.environ, RISKPO_PROGRESS_FILE=str(progress)):
+        with mock.patch.object(writing, "write_manifest", no_space):
+            error_of(lambda: save_checkpoint(checkpoints, 2, actor, STATE, {}, Retention(keep=2)))
+        told = [progress.exists()]
+        dist.barrier()
+        save_checkpoint(checkpoints, 2, actor, STATE, {}, Retention(keep=2))
+    return results | {"after": latest_complete(checkpoints), "told": [*told, progress.exists()]}
 
 
 def agreement(folder: Path) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def test_failing_rank_raises_on_all_ranks_and_harms_nothing(two):
             assert names == ["latest", "step_1"], place
             assert latest.name == "step_1"
         assert rank["failing"]["after"].name == "step_2"
+        assert rank["failing"]["told"] == [False, True]
     assert "(rank 1)" in two[0]["failing"]["shards"][0][1]
     assert "(rank 0)" in two[1]["failing"]["common"][0][1]
 

@@ -149,10 +149,13 @@ def test_votes_are_for_answers_or_for_programs(response: str, grader: str, expec
     assert predicted_answer(response, grader, RewardConfig(answer_form="boxed")) == expected
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_files(tmp_path: Path, benchmarks, sampler):
+def test_an_interrupted_evaluation_goes_on_to_the_same_files(tmp_path: Path, benchmarks, sampler, monkeypatch):
+    """And has told the job script that it got further."""
     run(tmp_path / "whole", benchmarks, sampler)
     interrupted = tmp_path / "interrupted"
+    monkeypatch.setenv("RISKPO_PROGRESS_FILE", str(tmp_path / "progress"))
     assert run(interrupted, benchmarks, sampler, batch=4, stop=lambda: True)[0] is False
+    assert (tmp_path / "progress").exists()
     path = interrupted / "eval-results" / "sums" / "output-rs0.jsonl"
     with path.open("a") as file:
         file.write('{"id": "sums-2", "half')

@@ -31,7 +31,8 @@ INTERRUPTED = {
     "preempted": (*ONE_RANK, "--gpus-per-node=8", "--nodelist=n1"),
     "cancelled": ONE_RANK,
 }
-STALL_LIMIT_S = 20
+STALL_LIMIT_S = 45
+"""The second attempt is held as well, and killed meanwhile: on a busy machine that is half a minute later."""
 FAILING = ("--checkpoint.every", "1", "--checkpoint.asynchronous", "false")
 FAILING += ("--run.stall_limit_s", str(STALL_LIMIT_S), "--bridge.timeout_s", "5")
 SWEEP = """
@@ -163,6 +164,7 @@ def assert_went_on(job: Job, whole: Job) -> None:
     batch = log(job, 1, "batch")
     assert [line.split()[1] for line in batch.splitlines() if line[:2] == "20"] == ["training", "saving", "requeued"]
     assert f"stopped by a signal after step 2 of {STEPS}" in log(job, 1)
+    assert (job.logs / "attempt_1" / "progress").exists()
     assert "checkpoints/step_2 at step 2\n" in log(job, 2)
     assert_same_weights(job, whole)
 
@@ -203,7 +205,8 @@ def test_a_stopped_rank_is_named_and_its_job_goes_on_from_the_checkpoint(jobs: d
     assert "stopped by a signal (SIGSTOP); 1 of 2 ranks wait for it" in batch
     (requeued,) = [line.split()[0] for line in batch.splitlines() if line.endswith(" requeued")]
     stopped = (job.folder / "SIGSTOP").stat().st_mtime
-    assert datetime.fromisoformat(requeued).timestamp() - stopped < STALL_LIMIT_S + 10
+    # The limit, 10 s on an idle machine, and what a busy one needs.
+    assert datetime.fromisoformat(requeued).timestamp() - stopped < STALL_LIMIT_S + 60
     assert "checkpoints/step_1 at step 1\n" in log(job, 2)
 
 
@@ -212,7 +215,7 @@ def test_a_failing_rank_ends_the_job(jobs: dict[str, Job]) -> None:
     job = jobs["failing"]
     job.end("FAILED")
     ended = datetime.fromisoformat(job.shown("EndTime")).timestamp()
-    assert ended - (job.folder / "SIGKILL").stat().st_mtime < 30
+    assert ended - (job.folder / "SIGKILL").stat().st_mtime < 60
     assert job.shown("ExitCode") == "137:0"
     assert phase(job) == "failed"
     assert "rank 1 on n1: exit code 137\n" in log(job, 2, "batch")
