@@ -35,6 +35,10 @@ class Meeting:
     hosts: list[str] | None = None
     """Of the ranks, once they are known."""
 
+    def __post_init__(self) -> None:
+        # torch's store waits for ever for one that is stopped, whatever the time-out.
+        self._thread = PatientThread(self.timeout_s + 2 * GRACE_S)
+
     def collect(self, stage: str, value: Any) -> list[Any]:
         """Every rank's value, JSON's types, on every rank. Raises SharedError that names those from which
         nothing came within the time."""
@@ -43,10 +47,23 @@ class Meeting:
         if own == 0:
             missing = self._wait_for_all(stage)
             self.store.set(f"{stage}/missing", json.dumps(self._complaint(stage, missing) if missing else ""))
-        complaint = json.loads(self._get(f"{stage}/missing", self.timeout_s + GRACE_S))
-        if complaint:
-            raise SharedError(complaint)
-        return [json.loads(self._get(f"{stage}/{rank}", GRACE_S)) for rank in range(self.env.world_size)]
+        try:
+            outcome = self._thread.do(lambda: self._outcome(stage), None)
+        except RuntimeError as error:
+            said = one_line(error, MAX_ERROR)
+            raise RunError(f"{stage}: rank 0 does not answer any more ({said}); see its output") from error
+        if outcome is None:
+            raise RunError(f"{stage}: rank 0 does not answer any more: stopped, or lost with its node; see its output")
+        if outcome[0]:
+            raise SharedError(outcome[0])
+        return outcome[1]
+
+    def _outcome(self, stage: str) -> tuple[str, list[Any]]:
+        """What rank 0 complains of, or every rank's value."""
+        self.store.wait([f"{stage}/missing"], timedelta(seconds=self.timeout_s + GRACE_S))
+        complaint = json.loads(self.store.get(f"{stage}/missing"))
+        ranks = range(0 if complaint else self.env.world_size)
+        return complaint, [json.loads(self.store.get(f"{stage}/{rank}")) for rank in ranks]
 
     def part(self) -> None:
         """The end of it; rank 0 goes last, but waits for nobody that is stopped."""
@@ -89,15 +106,6 @@ class Meeting:
             f"{', '.join(hosts[:16])}; {ranks} did not{where}; look at their output, or leave their nodes out (sbatch "
             "--exclude)"
         )
-
-    def _get(self, key: str, timeout_s: float) -> str:
-        import torch.distributed as dist
-
-        try:
-            self.store.wait([key], timedelta(seconds=timeout_s))
-            return self.store.get(key).decode()
-        except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
-            raise RunError(f"rank 0 does not answer any more ({one_line(error, MAX_ERROR)}); see its output") from error
 
 
 def meet(env: RankEnv, timeout_s: float, host: str) -> Meeting:

@@ -21,7 +21,8 @@ _TELL_S = 0.5
 _SILENT_S = 5.0
 """A rank that has told nothing for so long is stopped, or gone."""
 _STORE_S = 30.0
-"""So long rank 0, whose process holds the store, may answer nothing and tell nothing: others have nobody else."""
+"""So long rank 0, whose process holds the store, may answer nothing and tell nothing: others have nobody else.
+torch's store looks up the name of whoever connects, which takes seconds where no name server answers."""
 REMEDY = (
     "see its output, nvidia-smi and dmesg there, NCCL_DEBUG=INFO for the network that NCCL takes; leave the node out "
     "(sbatch --exclude), or raise --timeout"

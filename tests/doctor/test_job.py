@@ -24,8 +24,8 @@ if sys.argv[1] == "other" and rank == 1:
     job.versions_here = lambda: {"torch": "2.12.0"}
 if sys.argv[1] == "same":
     # Communication waits in the store longer than the store may be silent.
-    watched._STORE_S, start = 4.0, job.init_process_group
-    job.init_process_group = lambda *args, **options: (time.sleep(9 * (rank == 0)), start(*args, **options))
+    watched._STORE_S, start = 7.0, job.init_process_group
+    job.init_process_group = lambda *args, **options: (time.sleep(12 * (rank == 0)), start(*args, **options))
 if sys.argv[1] == "stops" and rank == 1:
     # After it has told where it is.
     job.bandwidth.all_reduce_rate = lambda group, device: time.sleep(2) or os.kill(os.getpid(), signal.SIGSTOP)
@@ -112,7 +112,7 @@ def jobs(tmp_path_factory) -> dict[str, list[tuple[int, str, str]]]:
 
 
 def test_two_nodes_are_measured_against_what_is_expected(jobs) -> None:
-    """One comes 9 s late into torch's process group."""
+    """One comes 12 s late into torch's process group."""
     first, second = jobs["two nodes"]
     assert (first[0], second) == (1, (1, "", ""))
     lines = first[1].splitlines()
