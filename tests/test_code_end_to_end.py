@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.sandboxes import needs_sandbox
-from tests.test_end_to_end import run
+from tests.whole_runs import run
 
 pytestmark = [pytest.mark.slow, needs_sandbox]
 

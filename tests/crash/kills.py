@@ -21,7 +21,7 @@ import torch
 
 from megatron_riskpo.checkpoint.manifest import damages, step_folders
 from tests.crash.marked_run import DWELL_S, marks_file, pid_file
-from tests.test_end_to_end import BASE, ROOT, metrics, weights, without_times
+from tests.whole_runs import BASE, ROOT, metrics, weights, without_times
 
 CONFIG = """
 [model]

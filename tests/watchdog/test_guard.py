@@ -1,6 +1,6 @@
 """Real ranks and their guards, without torch: who is ended, when, and what is left behind.
 
-A whole run with a stopped rank: test_end_to_end.
+A whole run with a stopped rank: test_ends_of_runs.
 """
 
 import contextlib
