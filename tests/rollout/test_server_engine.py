@@ -9,6 +9,7 @@ import importlib.util
 import json
 import signal
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,7 +176,13 @@ def test_actors_of_two_ranks_push_to_a_server_over_the_network(models, url, tmp_
 @pytest.mark.slow
 def test_actors_of_two_ranks_push_to_two_workers(models, tmp_path):
     with running_server(server_config(models["a"], tp=2), tmp_path / "server") as server:
-        check_actors(models["a"], server.wait(), 2, tmp_path)
+        url = server.wait()
+        check_actors(models["a"], url, 2, tmp_path)
+        call(url, "/init_weight_transfer_engine", {"init_info": {"transport": "file", "options": {"num_tensors": 1}}})
+        for _ in range(2):  # both workers fail, and no answer is left for the next call
+            call(url, "/start_weight_update", {})
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                call(url, "/update_weights", {"update_info": {"content": {}}})
 
 
 def test_samples_are_those_of_the_engine_in_process(engine, models):
