@@ -32,6 +32,7 @@ class ShardReceiver:
         self.layout = BridgeLayout.served(**layout | {"actor": ActorLayout(**layout["actor"])})
         self.tp_rank, self._rank = tp_rank, options["first_rank"] + tp_rank
         meeting = Meeting(**options["meeting"])
+        self._prefix = meeting.prefix
         self._store: dist.Store = _told(lambda: connect_store(meeting.address, meeting.port, meeting.timeout_s))
         self._transport = _told(lambda: join(self._store, meeting, self._rank, device))
         # A rank that only receives has no parameters: this one says which dtype the buckets have.
@@ -41,15 +42,14 @@ class ShardReceiver:
             timeout_s=meeting.timeout_s, with_checksums=options["with_checksums"],
         )  # fmt: skip
 
-    def receive(self, sink: ShardSink, version: int) -> PushReport:
-        """This worker's part of a push. Raises RunError, which says LOST_PEER where others are at fault."""
+    def receive(self, sink: ShardSink, version: int, prepare: Callable[[], None] = lambda: None) -> PushReport:
+        """This worker's part of a push, after `prepare`. Raises RunError, which says LOST_PEER where others are at
+        fault. After any error the others see by the links' end that they wait in vain."""
         try:
+            prepare()
             return _told(lambda: self._running().run(sink, version))
-        except BaseException as error:
+        except BaseException:
             self.close()
-            # Of several workers vLLM hands on the first one's error, which may be only that it lost this one.
-            if LOST_PEER not in str(error):
-                self._store.set(fault_key(version, self._rank), str(error))
             raise
 
     def _running(self) -> WeightPush:
@@ -61,7 +61,7 @@ class ShardReceiver:
     def tell(self, report: PushReport, pack_seconds: float, version: int) -> None:
         """Have the trainer know how a push went."""
         record = asdict(report) | {"pack_seconds": pack_seconds}
-        self._store.set(report_key(version, self._rank), json.dumps(record))
+        self._store.set(report_key(self._prefix, version, self._rank), json.dumps(record))
 
     def close(self) -> None:
         """Leave the group."""
@@ -71,14 +71,9 @@ class ShardReceiver:
         self._push = None
 
 
-def report_key(version: int, rank: int) -> str:
-    """Where in the store a worker tells of a push."""
-    return f"report/{version}/{rank}"
-
-
-def fault_key(version: int, rank: int) -> str:
-    """Where in the store a worker tells why a push broke in it."""
-    return f"fault/{version}/{rank}"
+def report_key(prefix: str, version: int, rank: int) -> str:
+    """Where in the store a worker of the group with this prefix tells of a push."""
+    return f"{prefix}/report/{version}/{rank}"
 
 
 def _told(work: Callable[[], Result]) -> Result:

@@ -100,10 +100,12 @@ class NetworkReceiver:
     def receive(self, content: dict[str, Any]) -> None:
         """Raises RunError."""
         self._version = content["version"]
+        report = self._receiver.receive(self._sink, self._version, self._prepare)
+        self._receiver.tell(report, self._sink.pack_seconds, self._version)
+
+    def _prepare(self) -> None:
         self._sink.begin()
         self._check_layout()
-        report = self._receiver.receive(self._sink, self._version)
-        self._receiver.tell(report, self._sink.pack_seconds, self._version)
 
     def _check_layout(self) -> None:
         """Once: whether vLLM stores the model as the plan says. RunError where not."""

@@ -22,6 +22,7 @@ class PushLead:
         self._begun: set[str] = set()
         self._complete: set[str] = set()
         self._calls: dict[str, asyncio.Task[str]] = {}
+        self._has_tried_again = False
 
     def waiting(self) -> list[Server]:
         """Those that still need the weights."""
@@ -47,13 +48,21 @@ class PushLead:
 
         self._loop.run(ask_all())
 
-    def settle(self, timeout_s: float, explain: Callable[[dict[str, str]], dict[str, str]]) -> dict[str, str]:
+    def settle(self, timeout_s: float, lost: str) -> dict[str, str]:
         """By address what each server says was wrong, or nothing; called once the ranks are done, from when on the
-        servers have so long. `explain` may put in what is known besides. Who is at fault has failed then."""
-        answers = explain(self._loop.run(_collect(self._calls, timeout_s)))
-        for url, reason in at_fault(answers).items():
-            self.update.fail(url, reason)
+        servers have so long. `lost`: the address of the one that a rank lost first, if any. Who is at fault has failed
+        then; where it is only links, nobody has the first time."""
+        answers = self._loop.run(_collect(self._calls, timeout_s))
+        is_links = all(LOST_PEER in answer for answer in answers.values() if answer)
+        if not (is_links and any(answers.values()) and self.try_again()):
+            for url, reason in at_fault(answers, lost).items():
+                self.update.fail(url, reason)
         return answers
+
+    def try_again(self) -> bool:
+        """Whether what broke off, and is no server's fault, is to be tried with the same servers: once a push."""
+        is_first, self._has_tried_again = not self._has_tried_again, True
+        return is_first
 
     def note_updates(self, answers: Mapping[str, str]) -> None:
         """What `settle` gave of the updates themselves: one that broke off has to be begun again."""
@@ -84,9 +93,10 @@ async def _collect(calls: Mapping[str, asyncio.Task[str]], timeout_s: float) -> 
     return {url: task.result() if task in done else f"{url} {silent}" for url, task in calls.items()}
 
 
-def at_fault(answers: Mapping[str, str]) -> dict[str, str]:
+def at_fault(answers: Mapping[str, str], lost: str) -> dict[str, str]:
     """Of what went wrong by address, the servers to give up: those that do not answer or name an error of their own;
-    else those that have lost a peer, since the ranks are well. At least one where any went wrong, so that trying again
-    with the others comes to an end."""
+    else the one that a rank `lost` first; else all that have lost a peer, since the ranks are well. At least one where
+    any went wrong, so that trying again with the others comes to an end."""
     wrong = {url: answer for url, answer in answers.items() if answer}
-    return {url: answer for url, answer in wrong.items() if LOST_PEER not in answer} or wrong
+    own = {url: answer for url, answer in wrong.items() if LOST_PEER not in answer}
+    return own or ({lost: wrong[lost]} if lost in wrong else wrong)

@@ -6,8 +6,9 @@ Where one fails, the servers whose fault it is are given up, and the others, wit
 
 import ipaddress
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,17 +21,18 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards
 from megatron_riskpo.resharding.control import Control
-from megatron_riskpo.resharding.network_receiver import fault_key, report_key
+from megatron_riskpo.resharding.network_receiver import report_key
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
+from megatron_riskpo.resharding.transports.base import PeerError
 from megatron_riskpo.resharding.transports.meeting import (
-    LOST_PEER,
     GroupTransport,
     Meeting,
     address_towards,
     call_off,
     connect_store,
+    is_link_error,
     join,
     leave,
     open_store,
@@ -55,6 +57,19 @@ class _NoSink:
 
     def arrived(self, name: str, numel: int) -> None:
         self.parameter(name)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a rank did not come to the end of what all do together."""
+
+    message: str
+    is_link: bool
+    """To another member of the group; else it is this rank's own."""
+    peer: int
+    """Whose link it is; -1: not known."""
+    seconds: float
+    """From the beginning. Who breaks off first has the cause, the others see that it did."""
 
 
 class NetworkPush:
@@ -82,8 +97,8 @@ class NetworkPush:
         """The servers of the group that there is."""
         self._transport: GroupTransport | None = None
         self._push: WeightPush | None = None
-        self._problem = ""
-        """What this rank said of the last thing done together."""
+        self._problems: list[_Problem] = []
+        """What all ranks said of the last thing done together, the first to break off first."""
         self.reports: list[dict[str, Any]] = []
         """Rank 0's: what each worker said of the last push."""
 
@@ -107,7 +122,8 @@ class NetworkPush:
     def run(self, servers: Callable[[], Sequence[Server]], version: int) -> ServerUpdate | None:
         """Bring the weights as they are to all servers, which only rank 0 looks for; what became of them, on rank 0.
         Raises RunError, on every rank, where a rank of the trainer is lost."""
-        self._from_first(lambda: self._start(servers(), version))
+        if not self._from_first(lambda: self._start(servers(), version)):
+            self.leave()
         self._control.agree(version, "the version of the weights")
         while urls := self._from_first(lambda: [server.client.url for server in self._leading.waiting()]):
             if (urls == self._members or self._meet(urls)) and self._from_first(lambda: self._leading.begin()):
@@ -116,21 +132,29 @@ class NetworkPush:
         return None if self._lead is None else self._lead.update
 
     @property
+    def _prefix(self) -> str:
+        """Of the group's keys in the store."""
+        return f"group/{self._num_groups}"
+
+    @property
     def _leading(self) -> PushLead:
         assert self._lead is not None  # rank 0 only
         return self._lead
 
-    def _start(self, servers: Sequence[Server], version: int) -> None:
+    def _start(self, servers: Sequence[Server], version: int) -> bool:
+        """Whether a group that there is can be kept: a server that was started anew is not in it."""
         self.reports = []
         self._lead = PushLead(self._loop, ServerUpdate(servers, version, self._config.server.push_timeout_s))
+        return all(server.usable for server in servers)
 
     def _meet(self, urls: list[str]) -> bool:
-        """Make a group with the workers of these servers; whether all came."""
+        """Make a group with the workers of these servers; whether all came. RunError where it is the ranks that cannot,
+        twice."""
         self.leave()
         self._num_groups += 1
         layout, rank = self._layout(len(urls)), self._group.rank()
         num_ranks = layout.rollout.rank(len(urls), 0)
-        meeting = Meeting(*self._where, f"group/{self._num_groups}", num_ranks, self._timeout_s)
+        meeting = Meeting(*self._where, self._prefix, num_ranks, self._timeout_s)
         store = self._store
         assert store is not None
 
@@ -146,9 +170,10 @@ class NetworkPush:
                 timeout_s=self._timeout_s, with_checksums=self._config.bridge.verify == "checksum",
             )  # fmt: skip
 
-        answers = self._together(ask, work, "the group with the rollout servers")
-        if self._push is None and not any(answers.values()):
-            raise RunError(f"weight push: {self._problem or 'another rank found no group with the rollout servers'}")
+        answers = self._together(urls, ask, work, "the group with the rollout servers")
+        is_ranks_affair = self._push is None and not any(answers.values())
+        if is_ranks_affair and not self._from_first(lambda: self._leading.try_again()):
+            raise RunError(f"weight push: {self._problems[0].message}")
         self._members = urls if self._push is not None else []
         return self._push is not None
 
@@ -166,10 +191,10 @@ class NetworkPush:
         """The push itself, as far as it comes."""
         body = {"update_info": {"content": {"version": version}}}
         answers = self._together(
+            urls,
             lambda: self._leading.ask("/update_weights", [body] * len(urls), lambda reason: None),
             lambda: self._running().run(_NoSink(), version),
             f"the push of version {version}",
-            lambda answers: self._with_faults(urls, answers, version),
         )
         if self._lead is not None:
             self._lead.note_updates(answers)
@@ -181,23 +206,39 @@ class NetworkPush:
         return self._push
 
     def _together(
-        self, ask: Callable[[], None], work: Callable[[], object], what: str,
-        explain: Callable[[dict[str, str]], dict[str, str]] = dict,
-    ) -> dict[str, str]:  # fmt: skip
-        """Do `work` while the servers do what rank 0 asks; their answers. Afterwards there is no group unless all of it
-        went well. RunError names ranks of the trainer that do not come to the end of it."""
+        self, urls: Sequence[str], ask: Callable[[], None], work: Callable[[], object], what: str
+    ) -> dict[str, str]:
+        """Do `work` while the servers at `urls` do what rank 0 asks; their answers. Afterwards there is no group unless
+        all of it went well. RunError names ranks of the trainer that do not come to the end of it, and those with an
+        error of their own."""
         self._from_first(ask)
-        self._problem = _problem_of(work)
-        if self._problem:
+        problem = _problem_of(work)
+        if problem is not None:
             self.leave()  # before anything else: others see by it that they wait in vain
-        is_failed = any(self._gather(bool(self._problem), what))
-        if is_failed:
-            self.leave()
+        is_failed = any(self._gather(problem is not None, what))
+        self._problems = self._all_problems(problem) if is_failed else []
         wait_s = self._timeout_s if is_failed else max(self._timeout_s, self._config.server.push_timeout_s)
-        answers = self._from_first(lambda: self._leading.settle(wait_s, explain))
+        answers = self._from_first(lambda: self._leading.settle(wait_s, self._first_lost(urls)))
         if any(answers.values()):
             self.leave()
         return answers
+
+    def _all_problems(self, problem: _Problem | None) -> list[_Problem]:
+        """Every rank's. RunError where one is a rank's own."""
+        self.leave()
+        found: list[_Problem | None] = [None] * self._group.size()
+        dist.all_gather_object(found, problem, group=self._group)
+        problems = sorted((of for of in found if of is not None), key=lambda of: of.seconds)
+        own = [of.message for of in problems if not of.is_link]
+        if own:
+            raise RunError(own[0])
+        return problems
+
+    def _first_lost(self, urls: Sequence[str]) -> str:
+        """The server to which a link of a rank broke before all others; empty where that is not known."""
+        first = self._shards.layout.world_size
+        peers = [of.peer for of in self._problems if of.peer >= first]
+        return urls[(peers[0] - first) // self._config.rollout.tp] if peers else ""
 
     def _gather(self, value: bool, what: str) -> list[int]:
         """As Control's; a broken link to a dead rank does not say whose it is, the store does."""
@@ -210,29 +251,16 @@ class NetworkPush:
         except RunError as error:
             raise RunError(f"{error}; {_who_is_missing(self._store, keys)}") from error
 
-    def _told(self, key: Callable[[int, int], str], version: int, index: int) -> list[str]:
-        """What the workers of server `index` have left in the store, which is taken out."""
-        store, found = self._store, []
-        assert store is not None
-        tp, first = self._config.rollout.tp, self._shards.layout.world_size
-        for tp_rank in range(tp):
-            name = key(version, first + index * tp + tp_rank)
-            if store.check([name]):
-                found.append(store.get(name).decode())
-                store.delete_key(name)
-        return found
-
-    def _with_faults(self, urls: list[str], answers: dict[str, str], version: int) -> dict[str, str]:
-        """The workers' own faults in place of answers that hand on another worker's."""
-        faults = {url: self._told(fault_key, version, index) for index, url in enumerate(urls)}
-        hidden = {url: of[0] for url, of in faults.items() if of and LOST_PEER in answers[url]}
-        return answers | {url: f"{url}: {fault}" for url, fault in hidden.items()}
-
     def _read_reports(self, urls: list[str], answers: Mapping[str, str], version: int) -> None:
-        """Of the workers whose servers are complete."""
+        """Of the workers whose servers are complete; the store keeps none."""
+        store, tp, first = self._store, self._config.rollout.tp, self._shards.layout.world_size
+        assert store is not None
         for index, url in enumerate(urls):
-            if not answers[url]:
-                self.reports += map(json.loads, self._told(report_key, version, index))
+            for tp_rank in range(tp):
+                key = report_key(self._prefix, version, first + index * tp + tp_rank)
+                if store.check([key]):
+                    self.reports += [] if answers[url] else [json.loads(store.get(key))]
+                    store.delete_key(key)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -279,13 +307,15 @@ def _who_is_missing(store: dist.Store, keys: Sequence[str]) -> str:
     return f"who has not come is {missing or 'unknown'}"
 
 
-def _problem_of(work: Callable[[], object]) -> str:
-    """The message of its RunError, whose traceback is gone then, and the group with it."""
+def _problem_of(work: Callable[[], object]) -> _Problem | None:
+    """What its RunError says, whose traceback is gone then, and the group with it."""
+    start = time.monotonic()
     try:
         work()
     except RunError as error:
-        return str(error)
-    return ""
+        peer = error.__cause__.peer if isinstance(error.__cause__, PeerError) else -1
+        return _Problem(str(error), is_link_error(error), peer, time.monotonic() - start)
+    return None
 
 
 def store_address(urls: Sequence[str], hosts: Sequence[str]) -> str:

@@ -15,7 +15,9 @@ from megatron_riskpo.config import BridgeConfig, RolloutConfig, ServerConfig, Tr
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards
 from megatron_riskpo.resharding.layouts import ActorLayout
+from megatron_riskpo.resharding.push import PushReport, ShardSink, WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
+from megatron_riskpo.resharding.transports.base import PeerError
 from megatron_riskpo.rollout import network_push
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.network_push import NetworkPush
@@ -28,12 +30,16 @@ from tests.rollout.shard_server import TP
 
 NUM_RANKS = 2
 TIMEOUT_S = 2.0
-DEAD_RANK = "dead rank"
+DEAD_RANK, RESTARTED = "dead rank", "restarted"
+BROKEN_LINKS = {"broken link": 1, "link broken for good": 2}
+"""How often rank 1 loses its link to a worker of the second server."""
+RUN = WeightPush.run
 ACTOR = ActorLayout(NUM_RANKS, pp=2)
 
 
 def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
-    """`steps`: a push each; `DEAD_RANK`: rank 1 is killed in it."""
+    """`steps`: a push each; DEAD_RANK: rank 1 is killed in it; RESTARTED: the servers are other processes than before;
+    one of BROKEN_LINKS."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=NUM_RANKS)
     config = TrainConfig(
@@ -49,9 +55,17 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
     )
     push = NetworkPush(config, shards, dist.group.WORLD, ["here"] * NUM_RANKS, loop)  # type: ignore[arg-type]
     outcomes = []
+    servers: dict[str, Server] = {}
     for version, step in enumerate(steps):
-        outcomes.append(outcome(push, urls, session, version, is_victim=step == DEAD_RANK and rank == 1))
+        if step == RESTARTED:
+            servers = {}
+        servers = {url: servers.get(url) or Server(ServerClient(url, session)) for url in urls}
+        if rank == 1:
+            break_links(BROKEN_LINKS.get(step, 0))
+        outcomes.append(outcome(push, list(servers.values()), version, is_victim=step == DEAD_RANK and rank == 1))
         failed = outcomes[-1].get("failed", {})
+        for server in servers.values():
+            server.admit()
         urls = [url for url in urls if url not in failed or "corrupted" in failed[url]]
         for tensor in shards.parameters.values():
             tensor += 1
@@ -59,13 +73,27 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
     os._exit(0)
 
 
-def outcome(push: NetworkPush, urls: list[str], session: Any, version: int, *, is_victim: bool) -> dict[str, Any]:
+def break_links(times: int) -> None:
+    """In the middle of so many of the next pushes."""
+    left = [times]
+
+    def run(push: WeightPush, sink: ShardSink, version: int) -> PushReport:
+        left[0] -= 1
+        if left[0] < 0:
+            return RUN(push, sink, version)
+        time.sleep(0.1)
+        raise RunError("the link is broken") from PeerError(NUM_RANKS + TP, "sending to", "reset")
+
+    network_push.WeightPush.run = run  # type: ignore[method-assign]
+
+
+def outcome(push: NetworkPush, servers: list[Server], version: int, *, is_victim: bool) -> dict[str, Any]:
     start = time.monotonic()
     found: dict[str, Any] = {}
     if is_victim:
         network_push.WeightPush.run = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
     try:
-        update = push.run(lambda: [Server(ServerClient(url, session)) for url in urls], version)
+        update = push.run(lambda: servers, version)
         if update is not None:
             found = {"alive": [server.client.url for server in update.alive], "failed": update.failed}
             found |= {"reports": push.reports, "metrics": push.metrics}

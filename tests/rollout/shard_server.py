@@ -11,17 +11,23 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.memory_sink import MemorySink
 from megatron_riskpo.resharding.network_receiver import ShardReceiver
+from megatron_riskpo.resharding.transports.meeting import LOST_PEER
 from tests.resharding.fault_ranks import VICTIM, FaultyTransport
 from tests.resharding.whole_model import rollout_parameters
 from tests.rollout.fake_server import FakeServer, fake_server
 
 TP = 2
+LAYOUT = "layout"
+"""One worker finds before the push that vLLM stores the model otherwise."""
+RESTART = "restart"
+"""What the server knew of the group is gone; its address is the same."""
 
 
 class ShardServer(FakeServer):
-    """`faults`: SIGKILL, SIGSTOP or corruption, by version."""
+    """`faults`: SIGKILL, SIGSTOP, corruption or LAYOUT, by version; RESTART after it."""
 
     def __init__(self, folder: Path, faults: dict[int, str], tp: int = TP) -> None:
         super().__init__(version="default")
@@ -39,8 +45,9 @@ class ShardServer(FakeServer):
         calls = (asyncio.to_thread(work, body, rank) for rank in range(self.tp))
         results = await asyncio.gather(*calls, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:  # as in vLLM's executor the first worker's hides the others'
-            return web.json_response({"error": {"message": str(errors[0])}}, status=500)
+        if errors:  # one of a worker's own first, as from WorkersExecutor
+            error = min(map(str, errors), key=lambda message: LOST_PEER in message)
+            return web.json_response({"error": {"message": error}}, status=500)
         if request.path == "/init_weight_transfer_engine":
             self.receivers = results  # type: ignore[assignment]
         return web.json_response({})
@@ -52,14 +59,21 @@ class ShardServer(FakeServer):
     def receive(self, body: dict[str, Any], rank: int) -> None:
         version, receiver = body["update_info"]["content"]["version"], self.receivers[rank]
         fault = self.faults.get(version)
-        if fault and rank == self.tp - 1:
+        is_victim = rank == self.tp - 1
+        if fault in ("SIGKILL", "SIGSTOP", "corruption") and is_victim:
             # No name for the push here: who keeps it keeps its links.
             receiver._running()._transport = FaultyTransport(receiver._running()._transport, VICTIM, fault, self.folder)
         sink = MemorySink(receiver.layout, rank, receiver._running()._parameters[""])
-        report = receiver.receive(sink, version)
+        report = receiver.receive(sink, version, refuse if fault == LAYOUT and is_victim else lambda: None)
         receiver.tell(report, 0.25, version)
         if self.compares and not is_whole(receiver, rank, sink, version):
             raise RuntimeError("other numbers than the trainer has")
+        if fault == RESTART:
+            receiver.close()
+
+
+def refuse() -> None:
+    raise RunError("stored otherwise")
 
 
 def is_whole(receiver: ShardReceiver, rank: int, sink: MemorySink, version: int) -> bool:

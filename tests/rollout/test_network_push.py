@@ -18,7 +18,8 @@ from megatron_riskpo.rollout.network_push import store_address
 from tests.distributed.ranks import fork
 from tests.resharding.fault_ranks import MODEL
 from tests.rollout import network_ranks, shard_server
-from tests.rollout.network_ranks import DEAD_RANK, NUM_RANKS, TIMEOUT_S
+from tests.rollout.network_ranks import BROKEN_LINKS, DEAD_RANK, NUM_RANKS, RESTARTED, TIMEOUT_S
+from tests.rollout.shard_server import LAYOUT, RESTART
 
 
 @contextlib.contextmanager
@@ -90,13 +91,31 @@ def test_what_fails_is_given_up_and_the_others_get_the_weights(tmp_path):
     assert found[DEAD_RANK]["seconds"] < 4 * TIMEOUT_S
 
 
+def test_a_server_is_given_up_for_a_link_only_where_it_breaks_again(tmp_path):
+    steps = ["none", RESTARTED, LAYOUT, *BROKEN_LINKS]
+    (first, second, third), outcomes = pushes(tmp_path, steps, [{0: RESTART}, {}, {2: LAYOUT}])
+    all_, both, (_, _, refused, _, lost) = [first, second, third], [first, second], outcomes
+    assert [outcome["alive"] for outcome in outcomes] == [all_, all_, both, both, [first]]
+    assert [outcome["num_groups"] for outcome in outcomes] == [1, 2, 3, 4, 6]
+    assert "stored otherwise" in refused["failed"][third]
+    assert refused["seconds"] < TIMEOUT_S  # nobody has waited for it
+    assert list(lost["failed"]) == [second]
+    assert LOST_PEER in lost["failed"][second]
+    for outcome in outcomes:
+        assert [report["bytes_received"] for report in outcome["reports"]] == [shard_bytes()] * 2 * len(
+            outcome["alive"]
+        )
+
+
 def test_who_is_given_up():
     lost, own, silent = f"answered 500: {LOST_PEER} rank 3", "answered 500: no memory", "did not answer within 3 s"
-    assert at_fault({"a": "", "b": ""}) == {}
-    assert at_fault({"a": lost, "b": own, "c": ""}) == {"b": own}
-    assert at_fault({"a": lost, "b": silent}) == {"b": silent}
+    assert at_fault({"a": "", "b": ""}, "") == {}
+    assert at_fault({"a": lost, "b": own, "c": ""}, "a") == {"b": own}
+    assert at_fault({"a": lost, "b": silent}, "") == {"b": silent}
+    assert at_fault({"a": lost, "b": lost}, "b") == {"b": lost}
+    assert at_fault({"a": lost, "b": lost}, "") == {"a": lost, "b": lost}
     # The ranks are well, and the others, too: it is the way to this one.
-    assert at_fault({"a": lost, "b": ""}) == {"a": lost}
+    assert at_fault({"a": lost, "b": ""}, "b") == {"a": lost}
 
 
 def test_ranks_listen_beyond_this_machine_only_for_servers_elsewhere(monkeypatch):
