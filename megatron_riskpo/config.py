@@ -242,7 +242,8 @@ class BridgeConfig:
     """Weights travel in buckets of at most this size a rank, sent and received together, in MiB; two are under way at a
     time, and a larger tensor is cut."""
     timeout_s: float = 120.0
-    """A sync in which a rank waits longer than this for a bucket or for the other ranks, in seconds, ends the run."""
+    """Longest wait of a rank for a bucket or for the other ranks in a sync, in seconds. What takes longer ends the run;
+    over the network to servers, where it is a server that does not come, it costs that server."""
     verify: Literal["none", "probe", "checksum", "golden"] = "none"
     """After each sync: nothing; compare the engine's log-probs with the actor's on a probe batch; compare a checksum of
     every slice with the sender's; or compare every number with tensors gathered whole (slow, and takes memory for a

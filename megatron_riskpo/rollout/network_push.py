@@ -4,14 +4,12 @@ Rank 0 makes the calls. Ranks and workers are one process group as long as the s
 Where one fails, the servers whose fault it is are given up, and the others, with a new group, get all of it again.
 """
 
-import ipaddress
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -29,7 +27,6 @@ from megatron_riskpo.resharding.transports.base import PeerError
 from megatron_riskpo.resharding.transports.meeting import (
     GroupTransport,
     Meeting,
-    address_towards,
     call_off,
     connect_store,
     is_link_error,
@@ -39,12 +36,12 @@ from megatron_riskpo.resharding.transports.meeting import (
 )
 from megatron_riskpo.rollout.joint_calls import PushLead
 from megatron_riskpo.rollout.loop_thread import LoopThread
+from megatron_riskpo.rollout.push_address import address_of_rank, store_address
 from megatron_riskpo.rollout.server_pool import Server
 from megatron_riskpo.rollout.server_push import ServerUpdate
 
 Result = TypeVar("Result")
 
-_LOCAL = "127.0.0.1"
 _LATE_S = 1.0
 """Ranks do not fail at the same instant: one that is well comes so much later at most."""
 
@@ -73,23 +70,19 @@ class _Problem:
 
 
 class NetworkPush:
-    """Made once a run; every method but `leave` is collective over the trainer's ranks."""
+    """Made once a run; every method but `leave` is collective over the trainer's ranks, `open` the first."""
 
-    def __init__(
-        self, config: TrainConfig, shards: ActorShards, group: dist.ProcessGroup, hosts: Sequence[str], loop: LoopThread
-    ) -> None:
-        """`hosts` of the ranks; servers are called in `loop`. Raises UsageError for layouts that cannot be, RunError
-        where the ranks cannot be reached."""
+    def __init__(self, config: TrainConfig, shards: ActorShards, group: dist.ProcessGroup, loop: LoopThread) -> None:
+        """Servers are called in `loop`; they need not be up yet. Raises UsageError for layouts that cannot be."""
         self._config, self._shards, self._group, self._loop = config, shards, group, loop
         self._timeout_s = config.bridge.timeout_s
-        urls = config.rollout.server_urls
-        plan_rank(self._layout(len(urls) or config.rollout.servers), group.rank())  # its errors now, not after a step
+        num_servers = len(config.rollout.server_urls) or config.rollout.servers
+        plan_rank(self._layout(num_servers), group.rank())  # its errors now, not once servers are up
         # Ranks may notice a fault one after the other.
         self._control = Control(dist.new_group(backend="gloo"), 2 * self._timeout_s)  # type: ignore[arg-type]
         self._store: dist.Store | None = None
-        self._where = self._from_first(lambda: self._open(store_address(urls, hosts)))
-        if self._store is None:
-            self._store = connect_store(*self._where, self._timeout_s)
+        self._where = ("", 0)
+        """Of the store."""
         self._lead: PushLead | None = None
         """Rank 0's."""
         self._num_groups = self._num_gathers = 0
@@ -101,6 +94,22 @@ class NetworkPush:
         """What all ranks said of the last thing done together, the first to break off first."""
         self.reports: list[dict[str, Any]] = []
         """Rank 0's: what each worker said of the last push."""
+
+    def open(self, hosts: Sequence[str]) -> None:
+        """Have servers, once they are up, and ranks meet; `hosts` are the ranks' machines. Raises RunError, on every
+        rank, where one is not reached."""
+        found = [""] * self._group.size()
+        dist.all_gather_object(found, address_of_rank(hosts[self._group.rank()]), group=self._group)
+        others = {address for address, host in zip(found, hosts, strict=True) if host != hosts[0]}
+        self._where = self._from_first(lambda: self._open(store_address(self._config.rollout.server_urls, others)))
+        error = ""
+        try:
+            self._store = self._store or connect_store(*self._where, self._timeout_s)
+        except RunError as failure:
+            error = f"rank {self._group.rank()}: {failure}"
+        dist.all_gather_object(found, error, group=self._group)
+        if any(found):
+            raise RunError(next(filter(None, found)))
 
     def _open(self, address: str) -> tuple[str, int]:
         store = open_store(address)
@@ -247,9 +256,12 @@ class NetworkPush:
         keys = [f"gather/{self._num_gathers}/{rank}" for rank in range(self._group.size())]
         self._store.set(keys[self._group.rank()], "")
         try:
-            return self._control.gather(value, what)
+            found = self._control.gather(value, what)
         except RunError as error:
             raise RunError(f"{error}; {_who_is_missing(self._store, keys)}") from error
+        if self._num_gathers > 1:  # nobody looks for who came to the one before
+            self._store.delete_key(f"gather/{self._num_gathers - 1}/{self._group.rank()}")
+        return found
 
     def _read_reports(self, urls: list[str], answers: Mapping[str, str], version: int) -> None:
         """Of the workers whose servers are complete; the store keeps none."""
@@ -316,11 +328,3 @@ def _problem_of(work: Callable[[], object]) -> _Problem | None:
         peer = error.__cause__.peer if isinstance(error.__cause__, PeerError) else -1
         return _Problem(str(error), is_link_error(error), peer, time.monotonic() - start)
     return None
-
-
-def store_address(urls: Sequence[str], hosts: Sequence[str]) -> str:
-    """Where the trainer's first rank can be reached by servers at `urls` and by the ranks, which are on `hosts`: the
-    loopback address where all are on its machine. Raises RunError where there is no way to one of them."""
-    others = [urlsplit(url).hostname or "" for url in urls] + sorted(set(hosts) - {hosts[0]})
-    found = [address for address in map(address_towards, others) if not ipaddress.ip_address(address).is_loopback]
-    return found[0] if found else _LOCAL

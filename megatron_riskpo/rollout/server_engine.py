@@ -104,10 +104,12 @@ class ServerEngine:
         dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
         self._network: NetworkPush | None = None
         try:
-            self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
-            if shards is not None:
-                self._network = NetworkPush(config, shards, world_group, hosts, self._loop)
+            if shards is not None:  # before the servers: its errors are to be told at once
+                self._network = NetworkPush(config, shards, world_group, self._loop)
                 self._stack.callback(self._network.leave)
+            self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
+            if self._network is not None:
+                self._network.open(hosts)
         except RiskpoError:
             self.close()
             raise

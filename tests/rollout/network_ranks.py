@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,6 +19,7 @@ from megatron_riskpo.resharding.layouts import ActorLayout
 from megatron_riskpo.resharding.push import PushReport, ShardSink, WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.base import PeerError
+from megatron_riskpo.resharding.transports.meeting import connect_store
 from megatron_riskpo.rollout import network_push
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.network_push import NetworkPush
@@ -53,7 +55,9 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
     shards = ActorShards(
         MODEL, ACTOR, {name: tensor.clone() for name, tensor in actor_parameters(layout, rank).items()}
     )
-    push = NetworkPush(config, shards, dist.group.WORLD, ["here"] * NUM_RANKS, loop)  # type: ignore[arg-type]
+    push = NetworkPush(config, shards, dist.group.WORLD, loop)  # type: ignore[arg-type]
+    check_open_fails_together(push, rank)
+    push.open(["here"] * NUM_RANKS)
     outcomes = []
     servers: dict[str, Server] = {}
     for version, step in enumerate(steps):
@@ -71,6 +75,18 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
             tensor += 1
     (folder / f"outcome_{rank}.json").write_text(json.dumps(outcomes))
     os._exit(0)
+
+
+def check_open_fails_together(push: NetworkPush, rank: int) -> None:
+    """Rank 1 does not reach the store: both say so."""
+
+    def fail(*where: object) -> dist.Store:
+        raise RunError("the store is not reached")
+
+    network_push.connect_store = fail  # type: ignore[assignment]
+    with pytest.raises(RunError, match="rank 1: the store is not reached"):
+        push.open(["here"] * NUM_RANKS)
+    network_push.connect_store = connect_store
 
 
 def break_links(times: int) -> None:

@@ -12,9 +12,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.transports.meeting import LOST_PEER
 from megatron_riskpo.rollout.joint_calls import at_fault
-from megatron_riskpo.rollout.network_push import store_address
+from megatron_riskpo.rollout.push_address import address_of_rank, store_address
 from tests.distributed.ranks import fork
 from tests.resharding.fault_ranks import MODEL
 from tests.rollout import network_ranks, shard_server
@@ -118,12 +121,24 @@ def test_who_is_given_up():
     assert at_fault({"a": lost, "b": ""}, "b") == {"a": lost}
 
 
-def test_ranks_listen_beyond_this_machine_only_for_servers_elsewhere(monkeypatch):
-    monkeypatch.setattr(
-        "megatron_riskpo.rollout.network_push.address_towards",
-        {"localhost": "::1", "127.0.0.1": "127.0.0.1", "node7": "10.0.0.4", "b": "10.1.0.4"}.__getitem__,
-    )
-    assert store_address((), ["a", "a"]) == "127.0.0.1"
-    assert store_address(("http://localhost:8000", "http://127.0.0.1:8001"), ["a", "a"]) == "127.0.0.1"
-    assert store_address(("http://localhost:8000", "http://node7:8000"), ["a", "a"]) == "10.0.0.4"
-    assert store_address(("http://127.0.0.1:8000",), ["a", "b"]) == "10.1.0.4"
+def test_ranks_listen_beyond_this_machine_only_for_what_is_elsewhere(monkeypatch):
+    routes = {
+        "localhost": "::1", "127.0.0.1": "127.0.0.1", "node7": "10.0.0.4", "10.1.0.9": "10.1.0.4", "first": "10.1.0.9",
+    }  # fmt: skip
+
+    def towards(host: str) -> str:
+        if host not in routes:
+            raise RunError(f"there is no way to {host}")
+        return routes[host]
+
+    monkeypatch.setattr("megatron_riskpo.rollout.push_address.address_towards", towards)
+    assert store_address((), ()) == "127.0.0.1"
+    assert store_address(("http://localhost:8000", "http://127.0.0.1:8001"), ()) == "127.0.0.1"
+    assert store_address(("http://localhost:8000", "http://node7:8000"), ()) == "10.0.0.4"
+    assert store_address(("http://127.0.0.1:8000",), {"10.1.0.9"}) == "10.1.0.4"
+    assert store_address((), {"a-name-unknown-here", "10.1.0.9"}) == "10.1.0.4"
+    with pytest.raises(RunError, match="no way to node9"):
+        store_address(("http://node9:8000",), ())
+    for master, address in (("first", "10.1.0.9"), ("127.0.0.1", "own-name"), ("unknown", "own-name")):
+        monkeypatch.setenv("MASTER_ADDR", master)
+        assert address_of_rank("own-name") == address

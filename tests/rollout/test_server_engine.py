@@ -143,6 +143,13 @@ def test_a_push_over_the_network_that_another_server_breaks_is_made_again(models
             assert size == sum(tensor.nbytes for tensor in load_file(models[name] / "model.safetensors").values())
 
 
+def test_layouts_that_cannot_be_are_refused_before_a_server_is_asked(models, tmp_path):
+    config = over_network(models["a"], "http://127.0.0.1:9")  # where nobody listens
+    config = dataclasses.replace(config, bridge=BridgeConfig(bucket_mib=1e-5))
+    with pytest.raises(UsageError, match=r"bridge\.bucket_mib"), networked(config, models["a"], tmp_path):
+        pass
+
+
 def check_actors(model: Path, url: str, tp: int, folder: Path) -> None:
     """Two ranks, split in two ways, and their server: the same log-probs, from a shard's bytes each time."""
     torch.save((str(model), url, tp, LAYOUTS), folder / "case.pt")

@@ -22,6 +22,7 @@ from megatron_riskpo.resharding.transports.nccl import NcclTransport
 GroupTransport = GlooTransport | NcclTransport
 
 _POLL_S = 0.02
+_WATCHDOG_FACTOR = 20
 _ARRIVED, _CALLED_OFF = "arrived", "called_off"
 LOST_PEER = "(peer lost)"
 """In what a server answers whose workers are well, but another member of the group is not."""
@@ -81,19 +82,22 @@ def join(store: dist.Store, meeting: Meeting, rank: int, device: torch.device) -
     """Become a member of the group: gloo for CPU tensors, NCCL for a GPU's. Collective over its members; RunError,
     within about twice the meeting's time-out, where not all come."""
     keys = dist.PrefixStore(meeting.prefix, store)
+    transport: GroupTransport | None = None
     try:
         _arrive(keys, meeting, rank)
         make = _nccl if device.type == "cuda" else _gloo
         transport = make(keys, meeting, rank)
         _greet(transport, meeting, rank, device)
     except (PeerError, RuntimeError) as error:
+        if transport is not None:
+            leave(transport)
         raise RunError(f"rank {rank} of {meeting.num_ranks} found no group: {reason_of(error)}") from error
     return transport
 
 
 def leave(transport: GroupTransport) -> None:
-    """End what is under way in the group. Its links, by whose end others see that they wait in vain, are closed when
-    the last reference to the transport is gone."""
+    """End what is under way in the group (NCCL's kernels would wait for ever). Its links, by whose end others see that
+    they wait in vain, are closed when the last reference to the transport is gone."""
     transport.group.abort()
 
 
@@ -107,11 +111,12 @@ def _arrive(keys: dist.Store, meeting: Meeting, rank: int) -> None:
     keys.add(_ARRIVED, 1)
     deadline = time.monotonic() + meeting.timeout_s
     while keys.add(_ARRIVED, 0) < meeting.num_ranks:
-        missing = [other for other in range(meeting.num_ranks) if not keys.check([str(other)])]
-        if missing and keys.check([_CALLED_OFF]):
-            raise PeerError(missing[0], "waiting for", keys.get(_CALLED_OFF).decode())
-        if missing and time.monotonic() > deadline:
-            raise PeerError(missing[0], "waiting for", f"of {len(missing)} none came in {meeting.timeout_s:g} s")
+        is_late, is_off = time.monotonic() > deadline, keys.check([_CALLED_OFF])
+        if is_late or is_off:
+            missing = [other for other in range(meeting.num_ranks) if not keys.check([str(other)])]
+            late = f"of {len(missing)} none came in {meeting.timeout_s:g} s"
+            if missing:
+                raise PeerError(missing[0], "waiting for", keys.get(_CALLED_OFF).decode() if is_off else late)
         time.sleep(_POLL_S)
 
 
@@ -127,7 +132,8 @@ def _gloo(keys: dist.Store, meeting: Meeting, rank: int) -> GlooTransport:
 
 def _nccl(keys: dist.Store, meeting: Meeting, rank: int) -> NcclTransport:
     options: Any = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=meeting.timeout_s)
+    # By then torch's watchdog would end the process. At our own deadline the group is aborted, long before (`leave`).
+    options._timeout = timedelta(seconds=_WATCHDOG_FACTOR * meeting.timeout_s)
     backend = dist.ProcessGroupNCCL(keys, rank, meeting.num_ranks, options)
     kind = dist.ProcessGroup.BackendType.NCCL
     return NcclTransport(_group(keys, meeting, rank, backend, kind, torch.device("cuda")))
