@@ -32,7 +32,7 @@ from tests.rollout.shard_server import TP
 
 NUM_RANKS = 2
 TIMEOUT_S = 2.0
-DEAD_RANK, RESTARTED = "dead rank", "restarted"
+DEAD_RANK, RESTARTED, OWN_ERROR = "dead rank", "restarted", "own error"
 BROKEN_LINKS = {"broken link": 1, "link broken for good": 2}
 """How often rank 1 loses its link to a worker of the second server."""
 RUN = WeightPush.run
@@ -41,7 +41,7 @@ ACTOR = ActorLayout(NUM_RANKS, pp=2)
 
 def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
     """`steps`: a push each; DEAD_RANK: rank 1 is killed in it; RESTARTED: the servers are other processes than before;
-    one of BROKEN_LINKS."""
+    OWN_ERROR: rank 1 fails by itself; one of BROKEN_LINKS."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=NUM_RANKS)
     config = TrainConfig(
@@ -65,7 +65,10 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
             servers = {}
         servers = {url: servers.get(url) or Server(ServerClient(url, session)) for url in urls}
         if rank == 1:
-            break_links(BROKEN_LINKS.get(step, 0))
+            if step == OWN_ERROR:
+                break_push(1, None)
+            else:
+                break_push(BROKEN_LINKS.get(step, 0), PeerError(NUM_RANKS + TP, "sending to", "reset"))
         outcomes.append(outcome(push, list(servers.values()), version, is_victim=step == DEAD_RANK and rank == 1))
         failed = outcomes[-1].get("failed", {})
         for server in servers.values():
@@ -89,8 +92,8 @@ def check_open_fails_together(push: NetworkPush, rank: int) -> None:
     network_push.connect_store = connect_store
 
 
-def break_links(times: int) -> None:
-    """In the middle of so many of the next pushes."""
+def break_push(times: int, cause: PeerError | None) -> None:
+    """So many of the next ones."""
     left = [times]
 
     def run(push: WeightPush, sink: ShardSink, version: int) -> PushReport:
@@ -98,7 +101,7 @@ def break_links(times: int) -> None:
         if left[0] < 0:
             return RUN(push, sink, version)
         time.sleep(0.1)
-        raise RunError("the link is broken") from PeerError(NUM_RANKS + TP, "sending to", "reset")
+        raise RunError("rank 1 failed") from cause
 
     network_push.WeightPush.run = run  # type: ignore[method-assign]
 

@@ -64,7 +64,12 @@ class ShardServer(FakeServer):
             # No name for the push here: who keeps it keeps its links.
             receiver._running()._transport = FaultyTransport(receiver._running()._transport, VICTIM, fault, self.folder)
         sink = MemorySink(receiver.layout, rank, receiver._running()._parameters[""])
-        report = receiver.receive(sink, version, refuse if fault == LAYOUT and is_victim else lambda: None)
+        try:
+            report = receiver.receive(sink, version, refuse if fault == LAYOUT and is_victim else lambda: None)
+        except RunError:
+            if receiver._push is not None:
+                raise RuntimeError("it keeps links on which others wait") from None
+            raise
         receiver.tell(report, 0.25, version)
         if self.compares and not is_whole(receiver, rank, sink, version):
             raise RuntimeError("other numbers than the trainer has")
