@@ -79,7 +79,7 @@ def test_a_stopped_rank_ends_the_run_soon_after_the_limit_and_is_named(folder):
     assert "stopped by a signal (SIGSTOP); 1 of 2 ranks wait for it" in line
     waiting, stopped = ((run_dir / "stall" / f"rank_{rank}.txt").read_text() for rank in (0, 1))
     assert "torch/distributed/" in waiting
-    assert all("in train_step" in stacks for stacks in (waiting, stopped))
+    assert all("in run_training" in stacks for stacks in (waiting, stopped))
 
 
 def test_stopped_sft_exports_nothing_and_exits_1(folder):
