@@ -11,8 +11,8 @@ from megatron_riskpo.actor.model import named_parameters
 from megatron_riskpo.config import BridgeConfig
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.golden import GoldenCopy
-from megatron_riskpo.resharding.layout_check import Placement, compare, traced_placements
-from megatron_riskpo.resharding.placements import expected_numbers, hf_tensors, planned_placements
+from megatron_riskpo.resharding.layout_check import Placement
+from megatron_riskpo.resharding.placements import checked_placements, expected_numbers
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, WeightPush
 from megatron_riskpo.resharding.rounds import bucket_sizes, make_rounds
@@ -74,10 +74,7 @@ class InProcessPush:
 
     def _move(self, version: int) -> None:
         if not self._traced:
-            tensors = [(name, shape) for name, shape, *_ in hf_tensors(self.layout)]
-            traced = traced_placements(self.sink.model, tensors)
-            compare(planned_placements(self.layout, self._tp_rank), traced)
-            self._traced = traced
+            self._traced = checked_placements(self.sink.model, self.layout, self._tp_rank)
         self.report = self.push.run(self.sink, version)
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import numpy as np
+from torch import nn
 
-from megatron_riskpo.resharding.layout_check import Box, Placement
+from megatron_riskpo.resharding.layout_check import Box, Placement, compare, traced_placements
 from megatron_riskpo.resharding.pieces import Piece, target_name
 from megatron_riskpo.resharding.plan import TRANSFER
 from megatron_riskpo.resharding.schedule import BridgeLayout, target_intervals
@@ -64,3 +65,11 @@ def expected_numbers(layout: BridgeLayout, tp_rank: int) -> dict[str, int]:
             size = int(np.prod([stop - start for start, stop in place.target]))
             counts[place.parameter] = counts.get(place.parameter, 0) + size
     return counts
+
+
+def checked_placements(model: nn.Module, layout: BridgeLayout, tp_rank: int) -> dict[str, list[Placement]]:
+    """Where the loaders of a vLLM `model`, inside a layerwise reload, put each tensor; RunError where it is not where
+    the plan says."""
+    traced = traced_placements(model, [(name, shape) for name, shape, *_ in hf_tensors(layout)])
+    compare(planned_placements(layout, tp_rank), traced)
+    return traced

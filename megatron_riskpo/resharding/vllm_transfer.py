@@ -13,9 +13,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.bucket_file import read_bucket
-from megatron_riskpo.resharding.layout_check import compare, traced_placements
 from megatron_riskpo.resharding.network_receiver import ShardReceiver
-from megatron_riskpo.resharding.placements import expected_numbers, hf_tensors, planned_placements
+from megatron_riskpo.resharding.placements import checked_placements, expected_numbers
 from megatron_riskpo.resharding.shard_sink import VllmShardSink
 from megatron_riskpo.resharding.vllm_sink import begin_update, finish_update
 
@@ -111,10 +110,7 @@ class NetworkReceiver:
         """Once: whether vLLM stores the model as the plan says. RunError where not."""
         if self._engine.is_layout_checked:
             return
-        layout = self._receiver.layout
-        tensors = [(name, shape) for name, shape, *_ in hf_tensors(layout)]
-        traced = traced_placements(self._engine.model, tensors)
-        compare(planned_placements(layout, self._receiver.tp_rank), traced)
+        checked_placements(self._engine.model, self._receiver.layout, self._receiver.tp_rank)
         self._engine.is_layout_checked = True
 
     def finish(self) -> None:
