@@ -158,10 +158,11 @@ class ServerConfig:
     up."""
     max_restarts: int = 3
     """Times that the run starts each of its servers again."""
-    transport: Literal["auto", "file", "network"] = "auto"
+    transport: Literal["auto", "file", "network", "shared_memory"] = "auto"
     """How weights reach the servers. file: whole tensors, gathered on rank 0, through a folder that the servers see;
-    network: each worker gets its shard from all ranks at once, over a process group of ranks and workers. auto: file
-    for servers that the run starts, or where transfer_dir is given, else network."""
+    network: each worker gets its shard from all ranks at once, over a process group of ranks and workers;
+    shared_memory: each worker reads its shard where the ranks of its machine have it (on GPUs by CUDA IPC). auto: file
+    where transfer_dir is given, else network for rollout.server_urls, else shared_memory where it can be, or file."""
     transfer_dir: str = ""
     """The folder of transport = "file", which the servers must see under the same name; empty: memory of this machine
     (/dev/shm, where there is one)."""
@@ -248,7 +249,7 @@ class BridgeConfig:
     """After each sync: nothing; compare the engine's log-probs with the actor's on a probe batch; compare a checksum of
     every slice with the sender's; or compare every number with tensors gathered whole (slow, and takes memory for a
     second copy of a rank's shard). The last two need rollout.engine = "vllm"; on servers checksum needs
-    server.transport = "network", and golden is refused."""
+    server.transport = "network" or "shared_memory", and golden is refused."""
     tolerance: float = 1e-4
     """Largest mean absolute log-prob difference that the probe accepts, in nats (bfloat16: use about 5e-2)."""
 

@@ -34,20 +34,22 @@ def server_urls(setup: Setup) -> str | None:
     return None
 
 
-def uses_network(config: TrainConfig) -> bool:
-    """Whether weights reach the servers over the network, and not through files."""
-    transport = config.server.transport
-    return transport == "network" or (
-        transport == "auto" and bool(config.rollout.server_urls) and not config.server.transfer_dir
-    )
+def transport_of(config: TrainConfig) -> str:
+    """How weights reach the servers: file, network or shared_memory."""
+    server = config.server
+    if server.transport != "auto":
+        return server.transport
+    if server.transfer_dir:
+        return "file"
+    return "network" if config.rollout.server_urls else "shared_memory"
 
 
 def transport(setup: Setup) -> str | None:
     server = setup.config.server
-    if server.transport == "network" and server.transfer_dir:
+    if server.transfer_dir and transport_of(setup.config) != "file":
         return (
-            f'server.transfer_dir = {server.transfer_dir} is for server.transport = "file", not "network"; leave one '
-            "of them out"
+            f'server.transfer_dir = {server.transfer_dir} is for server.transport = "file", not "{server.transport}"; '
+            "leave one of them out"
         )
     return None
 
@@ -91,7 +93,7 @@ def verification(setup: Setup) -> str | None:
             'bridge.verify = "golden" compares what vLLM in the training processes holds; with rollout.placement = '
             '"server" set it to "probe", "checksum" or "none"'
         )
-    if verify == "checksum" and not uses_network(setup.config):
+    if verify == "checksum" and transport_of(setup.config) == "file":
         return (
             'bridge.verify = "checksum" with server.transport = "file" does nothing more: those buckets always have a '
             'checksum; set it to "probe" or "none"'

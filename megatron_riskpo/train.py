@@ -10,7 +10,7 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_batches import too_few_questions
 from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.config_io import resolved, write_run_record
-from megatron_riskpo.config_servers import uses_network
+from megatron_riskpo.config_servers import transport_of
 from megatron_riskpo.data.mixture import MixedStream, make_stream
 from megatron_riskpo.data.overlap import without_overlap
 from megatron_riskpo.data.prompts import encode_prompts
@@ -198,7 +198,7 @@ def _build_engine(
         return ServerEngine(
             config, vocab_size=actor.shape.vocab_size, world_group=grid.world, folder=run_dir / "servers",
             export=actor.export_weights, log=observer.log,
-            shards=ActorShards.of(actor) if uses_network(config) else None,
+            shards=ActorShards.of(actor) if transport_of(config) != "file" else None,
         )  # fmt: skip
     from megatron_riskpo.rollout.vllm_engine import VllmEngine
 

@@ -12,7 +12,7 @@ from megatron_riskpo.config import ActorConfig, BridgeConfig, RolloutConfig, Ser
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_checks import TRAIN_RULES, engine_split, problems
 from megatron_riskpo.config_rules import Setup
-from megatron_riskpo.config_servers import SERVER_RULES, uses_network
+from megatron_riskpo.config_servers import SERVER_RULES, transport_of
 from megatron_riskpo.config_waits import stall_limit
 
 TIS = {"mismatch": MismatchConfig(correction="tis")}
@@ -46,12 +46,14 @@ def on_servers(**rollout: Any) -> TrainConfig:
         ),
         (dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="golden")), '"golden" .* "checksum" or "none"'),
         (
-            dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="checksum")),
+            dataclasses.replace(
+                on_servers(), bridge=BridgeConfig(verify="checksum"), server=ServerConfig(transport="file")
+            ),
             'server.transport = "file" does nothing more: .* set it to "probe" or "none"',
         ),
         (
             dataclasses.replace(on_servers(), server=ServerConfig(transport="network", transfer_dir="/tmp")),
-            'server.transfer_dir = /tmp is for server.transport = "file"',
+            'server.transfer_dir = /tmp is for server.transport = "file", not "network"',
         ),
     ],
 )
@@ -81,16 +83,18 @@ def test_what_works_is_accepted(config):
 @pytest.mark.parametrize(
     ("urls", "server", "expected"),
     [
-        ((), {}, False),
-        ((), {"transport": "network"}, True),
-        (("http://a:1",), {}, True),
-        (("http://a:1",), {"transfer_dir": "/tmp"}, False),
-        (("http://a:1",), {"transport": "file"}, False),
+        ((), {}, "shared_memory"),
+        ((), {"transfer_dir": "/tmp"}, "file"),
+        ((), {"transport": "network"}, "network"),
+        (("http://a:1",), {}, "network"),
+        (("http://a:1",), {"transfer_dir": "/tmp"}, "file"),
+        (("http://a:1",), {"transport": "file"}, "file"),
+        (("http://a:1",), {"transport": "shared_memory"}, "shared_memory"),
     ],
 )
-def test_servers_that_are_given_get_weights_over_the_network(urls, server, expected):
+def test_how_weights_reach_servers(urls, server, expected):
     config = dataclasses.replace(on_servers(server_urls=urls), server=ServerConfig(**server))
-    assert uses_network(config) == expected
+    assert transport_of(config) == expected
 
 
 def test_the_rules_are_asked_by_train():

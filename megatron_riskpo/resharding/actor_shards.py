@@ -1,12 +1,16 @@
-"""What one rank of the trainer has to give to servers that get their shards over the network."""
+"""What one rank of the trainer has to give to servers, each of whose workers gets its shard by plan."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.layouts import ActorLayout
+from megatron_riskpo.resharding.schedule import BridgeLayout
 
 if TYPE_CHECKING:
     from megatron_riskpo.actor.actor import Actor
@@ -34,3 +38,31 @@ class ActorShards:
     def example(self) -> Tensor:
         """One of them, for dtype and device."""
         return next(iter(self.parameters.values())).detach()
+
+    def layout_options(self, config: TrainConfig, num_servers: int) -> dict[str, Any]:
+        """JSON-able, for `served_layout`."""
+        return {
+            "hf_config": dict(self.hf_config), "actor": asdict(self.layout), "tp": config.rollout.tp,
+            "servers": num_servers, "item_size": self.example.element_size(), "bucket_mib": config.bridge.bucket_mib,
+            "node_size": torch.cuda.device_count() or self.layout.world_size,
+        }  # fmt: skip
+
+    @property
+    def dtype(self) -> str:
+        """As model.dtype says it."""
+        return str(self.example.dtype).removeprefix("torch.")
+
+
+def served_layout(options: Mapping[str, Any]) -> BridgeLayout:
+    """Of ranks and servers, on either side. Raises UsageError for layouts that cannot be."""
+    return BridgeLayout.served(**{**options, "actor": ActorLayout(**options["actor"])})
+
+
+def layout_for_server(options: Mapping[str, Any], tp: int) -> BridgeLayout:
+    """As `served_layout`, in a worker of a server. RunError where the run plans for servers of another size."""
+    layout = served_layout(options)
+    if layout.rollout.tp != tp:
+        raise RunError(
+            f"this server has rollout.tp = {tp}, the run that pushes weights {layout.rollout.tp}; set both alike"
+        )
+    return layout

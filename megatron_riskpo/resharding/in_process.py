@@ -12,14 +12,14 @@ from megatron_riskpo.config import BridgeConfig
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.golden import GoldenCopy
 from megatron_riskpo.resharding.layout_check import Placement
+from megatron_riskpo.resharding.peer_parameters import share_among
 from megatron_riskpo.resharding.placements import checked_placements, expected_numbers
 from megatron_riskpo.resharding.plan import plan_rank
+from megatron_riskpo.resharding.pull import WeightPull
 from megatron_riskpo.resharding.push import PushReport, WeightPush
-from megatron_riskpo.resharding.rounds import bucket_sizes, make_rounds
 from megatron_riskpo.resharding.schedule import BridgeLayout
-from megatron_riskpo.resharding.transports.base import Transport
+from megatron_riskpo.resharding.transports.gloo import GlooTransport
 from megatron_riskpo.resharding.transports.nccl import NcclTransport
-from megatron_riskpo.resharding.transports.shared_memory import SharedMemoryTransport, cpu_transport
 from megatron_riskpo.rollout.vllm_engine import VllmEngine
 
 
@@ -36,22 +36,31 @@ class InProcessPush:
         self._control = Control(group, config.timeout_s)  # type: ignore[arg-type]
         self._control.agree(_fingerprint(self.layout), "the bridge's layout")
         plan = plan_rank(self.layout, grid.rank)
-        sizes = [size * self.layout.item_size for size in bucket_sizes(make_rounds(plan))]
+        with_checksums = config.verify == "checksum"
         on_gpu = grid.device.type == "cuda"
-        transport: Transport = NcclTransport(grid.world) if on_gpu else cpu_transport(group, sizes)  # type: ignore[arg-type]
-        self.in_shared_memory = isinstance(transport, SharedMemoryTransport)
-        self.push = WeightPush(
-            plan, parameters, transport,
-            timeout_s=config.timeout_s, with_checksums=config.verify == "checksum",
-        )  # fmt: skip
+        self._peers = None if on_gpu else share_among(parameters, group)  # type: ignore[arg-type]
+        if self._peers is not None:
+            self.push = WeightPull(plan, self._peers.of_rank, with_checksums=with_checksums)
+        else:
+            transport = NcclTransport(grid.world) if on_gpu else GlooTransport(group)  # type: ignore[arg-type]
+            self.push = WeightPush(
+                plan, parameters, transport, timeout_s=config.timeout_s, with_checksums=with_checksums
+            )
         self._tp_rank = grid.rank % engine.tp
         self.sink = engine.shard_sink(expected_numbers(self.layout, self._tp_rank))
         self._traced: dict[str, list[Placement]] = {}
         self.report: PushReport | None = None
         """Of the last push."""
 
+    @property
+    def in_shared_memory(self) -> bool:
+        """Whether ranks read each other's parameters where they lie."""
+        return self._peers is not None
+
     def run(self, version: int) -> None:
         """Bring the engine to the actor's weights. RunError leaves it unusable."""
+        if self._peers is not None:
+            self._peers.own.ready()
         self._control.agree(version, "the version of the weights")
         self._engine.update_shards(
             self.sink, lambda: self._move(version), version,

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_riskpo.errors import RunError
-from megatron_riskpo.resharding.layouts import ActorLayout
+from megatron_riskpo.resharding.actor_shards import layout_for_server
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, ShardSink, WeightPush
-from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.meeting import LOST_PEER, Meeting, connect_store, is_link_error, join, leave
 
 Result = TypeVar("Result")
@@ -24,12 +23,7 @@ class ShardReceiver:
     def __init__(self, options: Mapping[str, Any], tp_rank: int, tp: int, device: torch.device) -> None:
         """`options` are those of NetworkPush. Joins the group of the trainer's ranks and all workers. Raises RunError,
         which says LOST_PEER where others are at fault."""
-        layout = dict(options["layout"])
-        if layout["tp"] != tp:
-            raise RunError(
-                f"this server has rollout.tp = {tp}, the run that pushes weights {layout['tp']}; set both alike"
-            )
-        self.layout = BridgeLayout.served(**layout | {"actor": ActorLayout(**layout["actor"])})
+        self.layout = layout_for_server(options["layout"], tp)
         self.tp_rank, self._rank = tp_rank, options["first_rank"] + tp_rank
         meeting = Meeting(**options["meeting"])
         self._prefix = meeting.prefix

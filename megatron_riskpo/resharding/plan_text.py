@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_servers import uses_network
+from megatron_riskpo.config_servers import transport_of
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.resharding.layouts import ActorLayout
 from megatron_riskpo.resharding.plan import RankPlan, plan_rank
@@ -24,15 +24,16 @@ def bridge_text(layout: BridgeLayout, rank: int | None) -> str:
 
 
 def planned_layout(config: TrainConfig, hf_config: Mapping[str, Any], world_size: int, node_size: int) -> BridgeLayout:
-    """What a run asks of the bridge, with engines in the training processes or on servers that get their weights over
-    the network. Raises UsageError."""
+    """What a run asks of the bridge, with engines in the training processes or on servers that get their weights by
+    plan. Raises UsageError."""
     rollout, item_size, mib = config.rollout, _ITEM_SIZE[config.model.dtype], config.bridge.bucket_mib
     on_servers = rollout.placement == "server"
-    if rollout.engine != "vllm" or (on_servers and not uses_network(config)):
+    if rollout.engine != "vllm" or (on_servers and transport_of(config) == "file"):
         raise UsageError(
-            f'--bridge plans for vLLM in the training processes, or on servers with server.transport = "network", not '
-            f'for rollout.engine = "{rollout.engine}" with rollout.placement = "{rollout.placement}" and '
-            f'server.transport = "{config.server.transport}": there nothing moves between the ranks by plan'
+            f'--bridge plans for vLLM in the training processes, or on servers with server.transport = "network" or '
+            f'"shared_memory", not for rollout.engine = "{rollout.engine}" with rollout.placement = '
+            f'"{rollout.placement}" and server.transport = "{config.server.transport}": there nothing moves between '
+            "the ranks by plan"
         )
     if on_servers:
         actor, servers = ActorLayout.of(config.actor, world_size), len(rollout.server_urls) or rollout.servers

@@ -6,31 +6,18 @@ it is counted, and more is an error.
 
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_riskpo.errors import RunError
-from megatron_riskpo.resharding.checksums import checksum
 from megatron_riskpo.resharding.plan import RankPlan
 from megatron_riskpo.resharding.rounds import Message, Part, Round, bucket_sizes, make_rounds
+from megatron_riskpo.resharding.sink import ShardSink, compare, copy_slices, sums_of
 from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport
-
-
-class ShardSink(Protocol):
-    """Takes a rank's shard, slice by slice, into parameters as vLLM stores them before it packs them."""
-
-    def parameter(self, name: str) -> Tensor:
-        """The storage to copy slices into."""
-        ...
-
-    def arrived(self, name: str, numel: int) -> None:
-        """So many numbers of a parameter have been copied in."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,7 @@ class _Flight:
     pending: PendingRound
     sent: list[Parcel]
     """Kept until they have left."""
+    received: list[Parcel]
 
 
 class WeightPush:
@@ -98,7 +86,7 @@ class WeightPush:
     def _allocate(self) -> list[Tensor]:
         """Two buckets. On a GPU they are freed after the push: its memory is the engine's."""
         example = next(iter(self._parameters.values())).detach()
-        return self._transport.buckets(bucket_sizes(self.rounds), example)
+        return [example.new_empty(size) for size in bucket_sizes(self.rounds)]
 
     def _start(self, step: Round, bucket: Tensor, sink: ShardSink, version: int) -> _Flight:
         contents = [_span(bucket, message) for message in step.sends]
@@ -107,21 +95,15 @@ class WeightPush:
         sends = [Parcel(message.peer, content) for message, content in zip(step.sends, contents, strict=True)]
         receives = [Parcel(message.peer, _span(bucket, message)) for message in step.receives]
         if self._with_checksums:  # 8 bytes a slice; not counted as extra memory
-            sends += [Parcel(message.peer, self._sums(message.parts)) for message in step.sends]
+            sends += [Parcel(message.peer, sums_of(message.parts, self._parameters)) for message in step.sends]
             for message in step.receives:
                 receives.append(Parcel(message.peer, bucket.new_empty(len(message.parts), dtype=torch.int64)))
         with self._waiting(step, version):
             pending = self._transport.start(sends, receives)
-        self._copy_local(step, sink, version)
-        return _Flight(step, pending, sends)
-
-    def _copy_local(self, step: Round, sink: ShardSink, version: int) -> None:
-        for part in step.local:
-            storage = sink.parameter(part.target.parameter)
-            part.source.copy(self._parameters[part.source.parameter], part.target.view(storage))
-            if self._with_checksums:
-                self._compare(self.plan.rank, [part], self._sums([part]), sink, self._where(version, step))
-            sink.arrived(part.target.parameter, part.numel)
+        # While messages are on the wires.
+        checked = self._where(version, step) if self._with_checksums else ""
+        copy_slices(step.local, self._parameters, sink, self.plan.rank, checked)
+        return _Flight(step, pending, sends, receives)
 
     def _fill(self, message: Message, content: Tensor) -> None:
         for part in message.parts:
@@ -130,33 +112,16 @@ class WeightPush:
     def _receive(self, flight: _Flight, sink: ShardSink, version: int) -> None:
         messages = flight.round.receives
         with self._waiting(flight.round, version) as deadline:
-            contents = flight.pending.receive(deadline)
+            flight.pending.receive(deadline)
+        contents = [parcel.buffer for parcel in flight.received]
         sums = contents[len(messages) :]  # none without checksums
         for index, (message, content) in enumerate(zip(messages, contents, strict=False)):
             for part in message.parts:
                 part.target.view(sink.parameter(part.target.parameter)).copy_(_piece(content, message, part))
             if sums:
-                self._compare(message.peer, message.parts, sums[index], sink, self._where(version, flight.round))
+                compare(message.parts, sums[index], sink, message.peer, self._where(version, flight.round))
             for part in message.parts:
                 sink.arrived(part.target.parameter, part.numel)
-        with self._waiting(flight.round, version):
-            flight.pending.release()
-
-    def _sums(self, parts: Sequence[Part]) -> Tensor:
-        """int64 [parts]: of what the parameters hold, not of a copy of it."""
-        views = [part.source.views(self._parameters[part.source.parameter]) for part in parts]
-        return torch.stack([checksum(*of_part) for of_part in views])
-
-    def _compare(self, peer: int, parts: Sequence[Part], sums: Tensor, sink: ShardSink, where: str) -> None:
-        """What lies in the sink's parameters now with the sender's sums."""
-        found = [checksum(part.target.view(sink.parameter(part.target.parameter))) for part in parts]
-        wrong = (torch.stack(found) != sums).nonzero()[:, 0].tolist()
-        if wrong:
-            name = parts[wrong[0]].target.parameter
-            raise RunError(
-                f"{where} is corrupted: of {len(parts)} slices from rank {peer} {len(wrong)} have another checksum "
-                f"than there, the first is of {name!r}"
-            )
 
     def _drain(self, flight: _Flight, version: int) -> None:
         with self._waiting(flight.round, version) as deadline:

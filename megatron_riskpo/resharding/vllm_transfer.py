@@ -1,10 +1,12 @@
 """vLLM's official weight transfer (init, start, update, finish) by ways that its own engines have not: files that
-trainer and server map, or a process group in which each worker gets its shard by plan. The trainer says which.
+trainer and server map; or each worker gets its shard by plan, in a process group with the ranks, or reading it where
+they have it. The trainer says which.
 
 Imported in vLLM's worker processes, as `worker_extension_cls`; that registers the engine before vLLM makes one.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, cast
 
 from torch import nn
@@ -13,6 +15,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.bucket_file import read_bucket
+from megatron_riskpo.resharding.memory_receiver import MemoryReceiver
 from megatron_riskpo.resharding.network_receiver import ShardReceiver
 from megatron_riskpo.resharding.placements import checked_placements, expected_numbers
 from megatron_riskpo.resharding.shard_sink import VllmShardSink
@@ -26,7 +29,7 @@ class InitInfo(WeightTransferInitInfo):
     """How weights will come."""
 
     transport: str
-    """file or network."""
+    """file, network or shared_memory."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the transport."""
 
@@ -36,7 +39,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """A part of an update."""
 
     content: dict[str, Any]
-    """By file: the record of `write_bucket`. By network: the version."""
+    """By file: the record of `write_bucket`. Else: the version."""
 
 
 class Receiver(Protocol):
@@ -79,17 +82,17 @@ class FileReceiver:
         """Nothing is held between buckets."""
 
 
-class NetworkReceiver:
+class ShardsReceiver:
     """This worker's shard, in one call. An update that broke off because of others may be started again."""
 
-    def __init__(self, engine: "TransferEngine", **options: Any) -> None:
+    def __init__(self, engine: "TransferEngine", kind: type[ShardReceiver | MemoryReceiver], **options: Any) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         dtype = str(engine.model_config.dtype).removeprefix("torch.")
         if options["dtype"] != dtype:
             raise RunError(f"this server has model.dtype = {dtype}, the run {options['dtype']}; set both alike")
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        self._receiver = ShardReceiver(options, rank, size, engine.device)
+        self._receiver = kind(options, rank, size, engine.device)
         self._sink = VllmShardSink(_Reload(engine), expected_numbers(self._receiver.layout, rank))
         self._engine, self._version = engine, -1
 
@@ -100,7 +103,8 @@ class NetworkReceiver:
         """Raises RunError."""
         self._version = content["version"]
         report = self._receiver.receive(self._sink, self._version, self._prepare)
-        self._receiver.tell(report, self._sink.pack_seconds, self._version)
+        if isinstance(self._receiver, ShardReceiver):
+            self._receiver.tell(report, self._sink.pack_seconds, self._version)
 
     def _prepare(self) -> None:
         self._sink.begin()
@@ -138,7 +142,11 @@ class _Reload:
         finish_update(self._engine.model, self._engine.model_config)
 
 
-_RECEIVERS: dict[str, Any] = {"file": FileReceiver, "network": NetworkReceiver}
+_RECEIVERS: dict[str, Any] = {
+    "file": FileReceiver,
+    "network": partial(ShardsReceiver, kind=ShardReceiver),
+    "shared_memory": partial(ShardsReceiver, kind=MemoryReceiver),
+}
 
 
 class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):

@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import RunError
-from megatron_riskpo.resharding.actor_shards import ActorShards
+from megatron_riskpo.resharding.actor_shards import ActorShards, served_layout
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.network_receiver import report_key
 from megatron_riskpo.resharding.plan import plan_rank
@@ -34,13 +33,12 @@ from megatron_riskpo.resharding.transports.meeting import (
     leave,
     open_store,
 )
+from megatron_riskpo.rollout.first_rank import Result, from_first
 from megatron_riskpo.rollout.joint_calls import PushLead
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.push_address import address_of_rank, store_address
 from megatron_riskpo.rollout.server_pool import Server
 from megatron_riskpo.rollout.server_push import ServerUpdate
-
-Result = TypeVar("Result")
 
 _LATE_S = 1.0
 """Ranks do not fail at the same instant: one that is well comes so much later at most."""
@@ -116,17 +114,8 @@ class NetworkPush:
         self._store = store
         return address, store.port
 
-    def _layout_options(self, num_servers: int) -> dict[str, Any]:
-        """JSON-able, of BridgeLayout.served."""
-        actor, bridge = self._shards.layout, self._config.bridge
-        return {
-            "hf_config": dict(self._shards.hf_config), "actor": asdict(actor), "tp": self._config.rollout.tp,
-            "servers": num_servers, "item_size": self._shards.example.element_size(), "bucket_mib": bridge.bucket_mib,
-            "node_size": torch.cuda.device_count() or actor.world_size,
-        }  # fmt: skip
-
     def _layout(self, num_servers: int) -> BridgeLayout:
-        return BridgeLayout.served(**self._layout_options(num_servers) | {"actor": self._shards.layout})
+        return served_layout(self._shards.layout_options(self._config, num_servers))
 
     def run(self, servers: Callable[[], Sequence[Server]], version: int) -> ServerUpdate | None:
         """Bring the weights as they are to all servers, which only rank 0 looks for; what became of them, on rank 0.
@@ -190,8 +179,8 @@ class NetworkPush:
         """For server `index`, as its TransferEngine takes them."""
         options = {
             "meeting": asdict(meeting), "first_rank": layout.rollout.rank(index, 0),
-            "layout": self._layout_options(layout.rollout.replicas),
-            "dtype": str(self._shards.example.dtype).removeprefix("torch."),
+            "layout": self._shards.layout_options(self._config, layout.rollout.replicas),
+            "dtype": self._shards.dtype,
             "with_checksums": self._config.bridge.verify == "checksum",
         }  # fmt: skip
         return {"transport": "network", "options": options}
@@ -293,17 +282,7 @@ class NetworkPush:
         self._transport, self._push, self._members = None, None, []
 
     def _from_first(self, work: Callable[[], Result]) -> Result:
-        """What rank 0 finds, or its RunError, on every rank."""
-        shared: list[Any] = [None, ""]
-        if self._group.rank() == 0:
-            try:
-                shared[0] = work()
-            except RunError as error:
-                shared[1] = str(error)
-        dist.broadcast_object_list(shared, group=self._group, group_src=0)
-        if shared[1]:
-            raise RunError(shared[1])
-        return shared[0]
+        return from_first(work, self._group)
 
 
 def _who_is_missing(store: dist.Store, keys: Sequence[str]) -> str:

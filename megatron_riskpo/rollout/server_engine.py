@@ -26,7 +26,7 @@ from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
 from megatron_riskpo.rollout.asked import Asked, ask, outcomes
 from megatron_riskpo.rollout.carried import go_on_from, packed
 from megatron_riskpo.rollout.loop_thread import LoopThread
-from megatron_riskpo.rollout.network_push import NetworkPush
+from megatron_riskpo.rollout.planned_push import PlannedPush, planned_push
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import Responses, gather_responses, join_prompts, slice_of
 from megatron_riskpo.rollout.server_client import ServerClient, ServerError
@@ -69,7 +69,7 @@ class PushOutcome:
 class ServerEngine:
     """WholeWeightsEngine. `export`: the actor's weights as they are, collective, for servers that have to be given them
     again; whenever the engine is called they are those of the last `update_weights`. `shards`: this rank's own part of
-    them, for servers that get them over the network (config_servers.uses_network)."""
+    them, for servers that get them by plan (config_servers.transport_of)."""
 
     shares_weights = False
 
@@ -102,14 +102,15 @@ class ServerEngine:
         self._fleet: ServerFleet | None = None
         hosts = [""] * world_group.size()
         dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
-        self._network: NetworkPush | None = None
+        self._planned: PlannedPush | None = None
         try:
             if shards is not None:  # before the servers: its errors are to be told at once
-                self._network = NetworkPush(config, shards, world_group, self._loop)
-                self._stack.callback(self._network.leave)
+                self._planned = planned_push(config, shards, world_group, self._loop, log)
+            if self._planned is not None:
+                self._stack.callback(self._planned.leave)
             self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
-            if self._network is not None:
-                self._network.open(hosts)
+            if self._planned is not None:
+                self._planned.open(hosts)
         except RiskpoError:
             self.close()
             raise
@@ -239,7 +240,7 @@ class ServerEngine:
         return sum(num for _, num, _ in views)
 
     def update_weights(self, weights: Weights, version: int) -> dict[str, float]:
-        """See WholeWeightsEngine; over the network `weights` is not read, each rank sends what it has. Requests under
+        """See WholeWeightsEngine; by plan `weights` is not read, each rank gives what it has. Requests under
         way stop, keep their tokens, and go on with the new weights. A server that fails is not used until it has been
         started, and given the weights, again. Collective. Raises RunError, on every rank, where no server is left."""
         self._pool.newest_version = version
@@ -251,13 +252,13 @@ class ServerEngine:
             weights = self._export()
         self._loop.run(self._pool.admit(outcome.urls))
         self._weight_version = version
-        return {} if self._network is None else self._network.metrics
+        return {} if self._planned is None else self._planned.metrics
 
     def _push(self, weights: Weights, version: int) -> PushOutcome:
         """Rank 0 makes the calls, the others take part in the export, or send as well."""
         outcome = [PushOutcome([], {})]
-        if self._network is not None:
-            update = self._network.run(self._candidates, version)
+        if self._planned is not None:
+            update = self._planned.run(self._candidates, version)
             if self._fleet is not None and update is not None:
                 outcome = [self._outcome(self._fleet, update, "")]
         elif self._fleet is None:

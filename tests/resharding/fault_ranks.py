@@ -19,14 +19,14 @@ from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.layouts import ActorLayout, RolloutLayout
 from megatron_riskpo.resharding.memory_sink import MemorySink
+from megatron_riskpo.resharding.peer_parameters import share_among
 from megatron_riskpo.resharding.pieces import Model
 from megatron_riskpo.resharding.plan import plan_rank
+from megatron_riskpo.resharding.pull import WeightPull
 from megatron_riskpo.resharding.push import WeightPush
-from megatron_riskpo.resharding.rounds import bucket_sizes, make_rounds
 from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.base import Parcel, PendingRound, Transport
 from megatron_riskpo.resharding.transports.gloo import GlooTransport
-from megatron_riskpo.resharding.transports.shared_memory import SharedMemoryTransport, cpu_transport
 from tests.resharding.whole_model import actor_parameters, rollout_parameters
 
 NUM_RANKS = 3
@@ -34,6 +34,8 @@ TIMEOUT_S = 3.0
 VICTIM = 1
 FAULT_AT = 4
 """The round, in order of work, in which it happens."""
+FAULT_AT_SLICE = 5
+"""Of a push without messages: odd, so that with checksums it is a copy, not a comparison."""
 MODEL = {
     "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "tie_word_embeddings": True,
@@ -53,9 +55,6 @@ class FaultyTransport:
         self.inner, self.rank, self.fault, self.folder = inner, rank, fault, folder
         self.count, self.is_done = 0, False
 
-    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-        return self.inner.buckets(sizes, like)
-
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> PendingRound:
         self.count += 1
         now = self.count >= FAULT_AT and self.rank == VICTIM and bool(receives) and not self.is_done
@@ -63,24 +62,41 @@ class FaultyTransport:
         if now and self.fault in ("SIGKILL", "SIGSTOP"):
             end_here(self.folder, self.fault)
         pending = self.inner.start(sends, receives)
-        return _Faulty(pending, self.fault, self.folder) if now else pending
+        return _Faulty(pending, receives, self.fault, self.folder) if now else pending
 
 
 class _Faulty:
-    """Changes a number of a message after it has come, as a broken link would; or the process ends then, while peers
-    read what it has sent."""
+    """Changes a number of a message after it has come, as a broken link would; or the process ends then."""
 
-    def __init__(self, pending: PendingRound, fault: str, folder: Path) -> None:
-        self.release, self.drain = pending.release, pending.drain
-        self.pending, self.fault, self.folder = pending, fault, folder
+    def __init__(self, pending: PendingRound, receives: Sequence[Parcel], fault: str, folder: Path) -> None:
+        self.drain = pending.drain
+        self.pending, self.receives, self.fault, self.folder = pending, receives, fault, folder
 
-    def receive(self, deadline: float) -> Sequence[Tensor]:
-        contents = self.pending.receive(deadline)
+    def receive(self, deadline: float) -> None:
+        self.pending.receive(deadline)
         if self.fault == "corruption":
-            contents[0][3] += 1
+            self.receives[0].buffer[3] += 1
         elif self.fault == "late":
             end_here(self.folder, "SIGKILL")
-        return contents
+
+
+class FaultySink(MemorySink):
+    """On the victim, at one slice, the fault: what is copied is lost, or the process ends."""
+
+    def __init__(self, layout: BridgeLayout, like: Tensor, rank: int, fault: str, folder: Path) -> None:
+        super().__init__(layout, 0, like)
+        self.fault, self.folder = fault if rank == VICTIM else "none", folder
+        self.count = 0
+
+    def parameter(self, name: str) -> Tensor:
+        self.count += 1
+        found = super().parameter(name)
+        if self.count != FAULT_AT_SLICE or self.fault not in ("SIGKILL", "SIGSTOP", "corruption"):
+            return found
+        if self.fault == "corruption":
+            return found.clone()
+        end_here(self.folder, self.fault)
+        return found
 
 
 def end_here(folder: Path, name: str) -> None:
@@ -88,19 +104,28 @@ def end_here(folder: Path, name: str) -> None:
     os.kill(os.getpid(), getattr(signal, name))
 
 
+def make_push(
+    group: dist.ProcessGroup, fault: str, folder: Path, *, over_gloo: bool
+) -> tuple[WeightPush | WeightPull, MemorySink]:
+    layout, rank = fault_layout(), group.rank()
+    plan, parameters = plan_rank(layout, rank), actor_parameters(layout, rank)
+    like, with_checksums = next(iter(parameters.values())), fault == "corruption"
+    if over_gloo:
+        transport = FaultyTransport(GlooTransport(group), rank, fault, folder)
+        run = WeightPush(plan, parameters, transport, timeout_s=TIMEOUT_S, with_checksums=with_checksums)
+        return run, MemorySink(layout, 0, like)
+    peers = share_among(parameters, group)
+    assert peers is not None
+    peers.own.ready()
+    run = WeightPull(plan, peers.of_rank, with_checksums=with_checksums)
+    return run, FaultySink(layout, like, rank, fault, folder)
+
+
 def push(group: dist.ProcessGroup, case: str, folder: Path) -> str:
     """What became of a push: "" if it went well. The case is a fault, over gloo where it says so."""
     layout, rank, (fault, *over) = fault_layout(), group.rank(), case.split(" over ")
-    plan = plan_rank(layout, rank)
-    shared = cpu_transport(group, [8 * size for size in bucket_sizes(make_rounds(plan))])
-    assert isinstance(shared, SharedMemoryTransport)
-    inner = GlooTransport(group) if over else shared
-    parameters, control = actor_parameters(layout, rank), Control(group, TIMEOUT_S)
-    sink = MemorySink(layout, 0, next(iter(parameters.values())))
-    run = WeightPush(
-        plan, parameters, FaultyTransport(inner, rank, fault, folder), timeout_s=TIMEOUT_S,
-        with_checksums=fault == "corruption",
-    )  # fmt: skip
+    run, sink = make_push(group, fault, folder, over_gloo=bool(over))
+    control = Control(group, TIMEOUT_S)
     version = 7 + (fault == "version" and rank == VICTIM)
     try:
         control.agree(version, "the version of the weights")

@@ -1,7 +1,9 @@
 """What each rank does in test_in_process: real actors under several layouts, real vLLM engines, five updates each."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -9,12 +11,16 @@ import torch.distributed as dist
 from megatron_riskpo.actor.actor import Actor, supervised_loss
 from megatron_riskpo.config import ActorConfig, BridgeConfig, OptimizerConfig, RolloutConfig
 from megatron_riskpo.distributed.grid import build_grid
+from megatron_riskpo.resharding import in_process
 from megatron_riskpo.resharding.bridge import Bridge
 from megatron_riskpo.resharding.in_process import InProcessPush
+from megatron_riskpo.resharding.rounds import make_rounds
 from megatron_riskpo.rollout.vllm_engine import VllmEngine
 from tests.distributed.ranks import release_groups
 
 NUM_UPDATES = 5
+THROUGH_MEMORY = ("qwen2", "qwen3_moe")
+"""Models that are pushed through shared memory, too, and not over gloo alone; the rest is the same code."""
 SMALL_BUCKET_MIB = 0.1
 """Several rounds even for models of a megabyte; a tensor of the embedding's size is cut."""
 
@@ -31,8 +37,9 @@ def build_actor(model: Path, layout: dict[str, Any]) -> Actor:
     return Actor.from_hf(model, config, optimizer, torch.float32, build_grid(config, seed=0))
 
 
-def outcomes(folder: Path) -> dict[tuple[str, str, int], list[dict[str, float]]]:
-    """By (model, actor layout, vLLM's tp): of every update the largest difference of log-probs, and what was compared.
+def outcomes(folder: Path) -> dict[tuple[str, str, int, bool], list[dict[str, float]]]:
+    """By (model, actor layout, vLLM's tp, whether through shared memory and not over gloo): of every update the
+    largest difference of log-probs, and what was compared.
 
     `cases.pt` in folder.parent: a list of (model's name, [actor layout], [tp])."""
     results = {}
@@ -41,16 +48,20 @@ def outcomes(folder: Path) -> dict[tuple[str, str, int], list[dict[str, float]]]
             engine = build_engine(folder.parent / name, tp)
             for layout in layouts:
                 actor = build_actor(folder.parent / name, layout)
-                results[name, str(layout), tp] = _updates(actor, engine)
+                for shared in (False, True) if name in THROUGH_MEMORY else (False,):
+                    results[name, str(layout), tp, shared] = _updates(actor, engine, shared=shared)
             engine.close()
             release_groups()
     return results
 
 
-def _updates(actor: Actor, engine: VllmEngine) -> list[dict[str, float]]:
-    bridge = Bridge(actor, engine, BridgeConfig(bucket_mib=SMALL_BUCKET_MIB, verify="golden", timeout_s=60), seed=0)
+def _updates(actor: Actor, engine: VllmEngine, *, shared: bool) -> list[dict[str, float]]:
+    # As where there is no room in shared memory, or the ranks are on several machines.
+    with contextlib.nullcontext() if shared else patch.object(in_process, "share_among", return_value=None):
+        bridge = Bridge(actor, engine, BridgeConfig(bucket_mib=SMALL_BUCKET_MIB, verify="golden", timeout_s=60), seed=0)
     push = bridge._in_process
     assert isinstance(push, InProcessPush)
+    assert push.in_shared_memory == shared
     found = []
     for version in range(NUM_UPDATES + 1):
         if version:
@@ -61,7 +72,7 @@ def _updates(actor: Actor, engine: VllmEngine) -> list[dict[str, float]]:
         assert push.report is not None
         found.append(metrics | {
             "difference": float((scores - expected).abs().max()),
-            "rounds": len(push.push.rounds),
+            "rounds": len(make_rounds(push.push.plan)),
             "peak": push.report.peak_extra_bytes,
             "limit": 2 * push.layout.bucket_bytes,
             "mean": float(expected.mean()),

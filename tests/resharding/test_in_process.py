@@ -1,4 +1,5 @@
-"""Actors under several layouts push into real vLLM engines in their processes, after each of five optimizer steps.
+"""Actors under several layouts push into real vLLM engines in their processes, after each of five optimizer steps: over
+gloo, and through shared memory.
 
 Two ways to the same numbers: vLLM's log-probs against the actor's, and golden mode, which compares every number with
 tensors gathered whole by the exporter. Not tested here: a GPU, NCCL.
@@ -44,8 +45,8 @@ def run(folder: Path, num_ranks: int) -> list[dict]:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_after_each_update_vllm_is_the_actor(tmp_path, num_ranks):
     ranks = run(tmp_path, num_ranks)
-    num_engine_layouts = 2 * len(LAYOUTS[num_ranks])
-    assert len(ranks[0]) == num_engine_layouts * (len(FAMILIES) if num_ranks == 2 else len(OF_FOUR_RANKS))
+    num_models = len(FAMILIES) if num_ranks == 2 else len(OF_FOUR_RANKS)
+    assert len(ranks[0]) == 2 * len(LAYOUTS[num_ranks]) * (num_models + len(in_process_cases.THROUGH_MEMORY))
     for case in ranks[0]:
         for rank in ranks:
             updates = rank[case]

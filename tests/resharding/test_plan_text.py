@@ -65,7 +65,10 @@ def test_the_transfers_of_a_rank(config, capsys):
         (["--gpus-per-node", "0"], "--gpus-per-node 0: give 1 or more"),
         (["--json"], "without --json"),
         (["--dry-run"], "without --dry-run"),
-        (["--rollout.placement", "server"], 'or on servers with server.transport = "network", not for'),
+        (
+            ["--rollout.placement", "server", "--server.transport", "file"],
+            'or on servers with server.transport = "network" or',
+        ),
         (["--bridge.verify", "true"], "expected one of none, probe, checksum, golden"),
     ],
 )

@@ -20,7 +20,7 @@ from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.slices import TargetSlice
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, fresh_buckets
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError
 from tests.resharding.fault_ranks import fault_layout
 from tests.resharding.layout_strategies import bridge_layouts
 from tests.resharding.whole_model import actor_parameters, rollout_parameters
@@ -29,15 +29,11 @@ Wires = defaultdict[tuple[int, int], queue.Queue]
 
 
 class QueueTransport:
-    """A queue for each pair of ranks. As in shared memory a message is read where it lies, in the sender's bucket;
-    when its reader has released it, it is spoilt."""
+    """A queue for each pair of ranks, with copies of the messages; what has left is spoilt in its bucket."""
 
     def __init__(self, rank: int, wires: Wires, change: Callable[[torch.Tensor], torch.Tensor] = lambda buffer: buffer):
         self.rank, self.wires, self.change = rank, wires, change
         self.in_flight = self.most_in_flight = self.launches = 0
-
-    def buckets(self, sizes: Sequence[int], like: torch.Tensor) -> list[torch.Tensor]:
-        return fresh_buckets(sizes, like)
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "QueueTransport.Pending":
         self.in_flight += 1
@@ -47,33 +43,21 @@ class QueueTransport:
 
     class Pending:
         def __init__(self, transport: "QueueTransport", sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
-            self.transport, self.receives = transport, receives
-            self.sent: list[tuple[Parcel, threading.Event]] = [(parcel, threading.Event()) for parcel in sends]
-            self.read: list[threading.Event] = []
-            for parcel, is_read in self.sent:
-                transport.wires[transport.rank, parcel.peer].put((transport.change(parcel.buffer), is_read))
+            self.transport, self.sends, self.receives = transport, sends, receives
+            for parcel in sends:
+                transport.wires[transport.rank, parcel.peer].put(transport.change(parcel.buffer.clone()))
 
-        def receive(self, deadline: float) -> list[torch.Tensor]:
-            contents = []
+        def receive(self, deadline: float) -> None:
             for parcel in self.receives:
                 try:
                     wire = self.transport.wires[parcel.peer, self.transport.rank]
-                    content, is_read = wire.get(timeout=max(0.01, deadline - time.monotonic()))
+                    parcel.buffer.copy_(wire.get(timeout=max(0.01, deadline - time.monotonic())))
                 except queue.Empty:
                     raise PeerError(parcel.peer, "waiting for", "nothing came") from None
-                contents.append(content)
-                self.read.append(is_read)
-            return contents
-
-        def release(self) -> None:
-            for is_read in self.read:
-                is_read.set()
 
         def drain(self, deadline: float) -> None:
             self.transport.in_flight -= 1
-            for parcel, is_read in self.sent:
-                if not is_read.wait(max(0.01, deadline - time.monotonic())):
-                    raise PeerError(parcel.peer, "waiting for", "it has not read its message")
+            for parcel in self.sends:
                 parcel.buffer.fill_(-1)
 
 
@@ -177,7 +161,6 @@ def test_a_second_push_brings_the_new_weights():
 
 def test_a_changed_message_is_found_by_its_checksum_and_by_nothing_else():
     def change(buffer: torch.Tensor) -> torch.Tensor:
-        buffer = buffer.clone()
         buffer[-1] ^= 1  # of a payload or of a sum, either shows
         return buffer
 

@@ -1,4 +1,4 @@
-"""What each of two ranks does in test_server_engine: real actors push over the network to a real server, whose
+"""What each of two ranks does in test_server_engine: real actors push by plan to a real server, whose
 log-probs are compared with theirs after each of five optimizer steps."""
 
 import dataclasses
@@ -16,16 +16,26 @@ from megatron_riskpo.rollout.server_engine import ServerEngine
 from tests.resharding.in_process_cases import NUM_UPDATES, SMALL_BUCKET_MIB, build_actor
 from tests.server_runs import VOCAB_SIZE, server_config, with_urls
 
+TRANSPORTS = ("network", "shared_memory")
+
 
 def outcomes(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """By actor layout, of every update what was measured. `case.pt` in folder.parent: (model, url, tp, layouts)."""
+    """By actor layout and server.transport, of every update what was measured. `case.pt` in folder.parent: (model,
+    url, tp, layouts)."""
     model, url, tp, layouts = torch.load(folder.parent / "case.pt")
-    return {str(layout): _updates(Path(model), url, tp, layout, folder) for layout in layouts}
+    return {
+        f"{layout}, {transport}": _updates(Path(model), url, tp, layout, transport, folder)
+        for layout in layouts
+        for transport in TRANSPORTS
+    }
 
 
-def _updates(model: Path, url: str, tp: int, layout: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _updates(
+    model: Path, url: str, tp: int, layout: dict[str, Any], transport: str, folder: Path
+) -> list[dict[str, Any]]:
     bridge_config = BridgeConfig(bucket_mib=SMALL_BUCKET_MIB, verify="checksum", timeout_s=60)
-    config = dataclasses.replace(with_urls(server_config(model, tp=tp), url), bridge=bridge_config)
+    config = with_urls(server_config(model, server={"transport": transport}, tp=tp), url)
+    config = dataclasses.replace(config, bridge=bridge_config)
     actor = build_actor(model, layout)
     engine = ServerEngine(
         config, vocab_size=VOCAB_SIZE, world_group=dist.group.WORLD, folder=folder,  # type: ignore[arg-type]
@@ -39,10 +49,9 @@ def _updates(model: Path, url: str, tp: int, layout: dict[str, Any], folder: Pat
         metrics: dict[str, Any] = bridge.sync(version)
         expected = actor.logprobs(bridge.probe, temperature=1.0)
         scores = torch.cat(engine.token_logprobs([sequence.tolist() for sequence in bridge.probe.sequences()]))
-        assert engine._network is not None
         found.append(metrics | {
             "difference": float((scores - expected).abs().max()), "mean": float(expected.mean()),
-            "reports": engine._network.reports, "version": engine.weight_version,
+            "reports": getattr(engine._planned, "reports", []), "version": engine.weight_version,
         })  # fmt: skip
     engine.close()
     return found

@@ -20,14 +20,14 @@ from megatron_riskpo.distributed.runtime import rank_runtime
 from megatron_riskpo.resharding.layout_check import Placement
 from megatron_riskpo.resharding.layouts import ActorLayout, RolloutLayout
 from megatron_riskpo.resharding.memory_sink import MemorySink
+from megatron_riskpo.resharding.peer_parameters import share_among
 from megatron_riskpo.resharding.pieces import Model
 from megatron_riskpo.resharding.placements import planned_placements
 from megatron_riskpo.resharding.plan import plan_rank
+from megatron_riskpo.resharding.pull import WeightPull
 from megatron_riskpo.resharding.push import WeightPush
-from megatron_riskpo.resharding.rounds import bucket_sizes, make_rounds
 from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.gloo import GlooTransport
-from megatron_riskpo.resharding.transports.shared_memory import cpu_transport
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
@@ -66,10 +66,10 @@ def transfer(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, 
     )
     sink = MemorySink(layout, grid.rank % tp, next(iter(parameters.values())).data)
     plan = plan_rank(layout, grid.rank)
-    shared = cpu_transport(grid.world, [4 * size for size in bucket_sizes(make_rounds(plan))])
-    push, over_sockets = (
-        WeightPush(plan, parameters, transport, timeout_s=600) for transport in (shared, GlooTransport(grid.world))
-    )
+    peers = share_among(parameters, grid.world)
+    assert peers is not None, "there is no room for the weights in shared memory"
+    pull = WeightPull(plan, peers.of_rank)
+    over_sockets = WeightPush(plan, parameters, GlooTransport(grid.world), timeout_s=600)
     shape = shape_of(hf_config)
     exported, places = (
         plan_export(chunks, family_of(hf_config), shape, grid),
@@ -79,7 +79,7 @@ def transfer(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, 
     reference = {name: tensor.clone() for name, tensor in sink.parameters.items()}
     ways: dict[str, Callable[[], object]] = {
         "memcpy": lambda: [sink.parameters[name].copy_(tensor) for name, tensor in reference.items()],
-        "push": lambda: push.run(sink, 0),
+        "push": lambda: pull.run(sink, 0),
         "push over sockets": lambda: over_sockets.run(sink, 0),
         "gather": lambda: gather_into(sink, export_weights(chunks, exported, shape, grid), places),
     }
@@ -95,7 +95,7 @@ def transfer(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, 
     return {
         "turns": turns,
         "shard": plan.num_bytes(plan.receives), "received": plan.num_bytes(plan.remote),
-        "buckets": 2 * layout.bucket_bytes, "rounds": len(push.rounds),
+        "buckets": 2 * layout.bucket_bytes, "rounds": len(over_sockets.rounds),
     }  # fmt: skip
 
 

@@ -30,34 +30,21 @@ class PeerError(Exception):
 class PendingRound(Protocol):
     """Messages under way. Waits raise PeerError at `deadline` (time.monotonic) or on a broken link."""
 
-    def receive(self, deadline: float) -> Sequence[Tensor]:
-        """What has come, in the order of the receives, once all of it has; to be read until `release`."""
-        ...
-
-    def release(self) -> None:
-        """What has come is no longer read."""
+    def receive(self, deadline: float) -> None:
+        """Return when all messages have come."""
         ...
 
     def drain(self, deadline: float) -> None:
-        """Return when nobody reads what this rank sent: its memory may change."""
+        """Return when all have left: their memory may change."""
         ...
 
 
 class Transport(Protocol):
     """Messages between two ranks arrive in the order in which both name them."""
 
-    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-        """Memory for the rounds under way, of so many numbers each; `like` has the dtype and device."""
-        ...
-
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> PendingRound:
         """Launch a round, all its messages at once; does not wait."""
         ...
-
-
-def fresh_buckets(sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-    """Memory that is freed after the push."""
-    return [like.new_empty(size) for size in sizes]
 
 
 def launch(

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, fresh_buckets, launch, reason_of, remaining
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch, reason_of, remaining
 
 
 class GlooTransport:
@@ -14,10 +13,6 @@ class GlooTransport:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-
-    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-        """See Transport."""
-        return fresh_buckets(sizes, like)
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "GlooRound":
         """See Transport."""
@@ -29,17 +24,12 @@ class GlooRound:
 
     def __init__(self, receives: Sequence[Parcel], works: Sequence[tuple[Parcel, str, dist.Work]]) -> None:
         """`works`: of the receives, then of the sends."""
-        self._received = [parcel.buffer for parcel in receives]
         self._receives, self._sends = works[: len(receives)], works[len(receives) :]
 
-    def receive(self, deadline: float) -> Sequence[Tensor]:
+    def receive(self, deadline: float) -> None:
         """See PendingRound."""
         for parcel, action, work in self._receives:
             wait_for(parcel, action, work, deadline)
-        return self._received
-
-    def release(self) -> None:
-        """Nobody waits for it."""
 
     def drain(self, deadline: float) -> None:
         """See PendingRound."""

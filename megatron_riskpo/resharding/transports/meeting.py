@@ -156,7 +156,6 @@ def _greet(transport: GroupTransport, meeting: Meeting, rank: int, device: torch
     before, after = (rank - 1) % size, (rank + 1) % size
     greeting = transport.start([Parcel(after, own)], [Parcel(before, other)])
     greeting.receive(deadline)
-    greeting.release()
     greeting.drain(deadline)
     if other.item() != before:
         raise PeerError(before, "waiting for", f"it says that it is rank {other.item()}")

@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, fresh_buckets, launch
+from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch
 
 _LOOK_EVERY_S = 2e-4
 
@@ -21,29 +20,20 @@ class NcclTransport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def buckets(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-        """See Transport."""
-        return fresh_buckets(sizes, like)
-
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "NcclRound":
         """See Transport."""
-        return NcclRound(receives, launch(sends, receives, self.group))
+        return NcclRound(launch(sends, receives, self.group))
 
 
 class NcclRound:
     """One handle for the batch."""
 
-    def __init__(self, receives: Sequence[Parcel], works: Sequence[tuple[Parcel, str, dist.Work]]) -> None:
-        self._received = [parcel.buffer for parcel in receives]
+    def __init__(self, works: Sequence[tuple[Parcel, str, dist.Work]]) -> None:
         self._works = works
 
-    def receive(self, deadline: float) -> Sequence[Tensor]:
+    def receive(self, deadline: float) -> None:
         """See PendingRound."""
         self.drain(deadline)
-        return self._received
-
-    def release(self) -> None:
-        """Nobody waits for it."""
 
     def drain(self, deadline: float) -> None:
         """See PendingRound."""

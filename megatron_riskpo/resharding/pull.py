@@ -1,0 +1,42 @@
+"""One rank's side of a push in which receivers read the senders' parameters where they lie: each number is copied once,
+into the sink, and there are no buckets, no messages, and no memory besides.
+
+Nobody may change parameters meanwhile: ranks agree before that all are ready, and afterwards that all are done.
+"""
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from megatron_riskpo.resharding.peer_parameters import Parameters, synchronize
+from megatron_riskpo.resharding.plan import RankPlan
+from megatron_riskpo.resharding.push import PushReport
+from megatron_riskpo.resharding.rounds import make_rounds
+from megatron_riskpo.resharding.sink import ShardSink, copy_slices
+
+
+class WeightPull:
+    """Made once a run: the plan does not change. Does what WeightPush does."""
+
+    def __init__(self, plan: RankPlan, peers: Mapping[int, Parameters], *, with_checksums: bool = False) -> None:
+        """`peers`: the parameters of each rank of the actor, this one's too."""
+        self.plan = plan
+        self._peers = peers
+        self._with_checksums = with_checksums
+
+    @torch.no_grad()
+    def run(self, sink: ShardSink, version: int) -> PushReport:
+        """Copy everything, in the order of the rounds: a layer's modules are complete one soon after the other. With
+        checksums RunError where what arrived is not what the source holds."""
+        start = time.perf_counter()
+        rank, plan = self.plan.rank, self.plan
+        for step in make_rounds(plan):
+            where = f"weight push of version {version}: rank {rank}, round {step.number}"
+            checked = where if self._with_checksums else ""
+            copy_slices(step.local, self._peers[rank], sink, rank, checked) if step.local else None
+            for message in step.receives:
+                copy_slices(message.parts, self._peers[message.peer], sink, message.peer, checked)
+        synchronize(next(iter(self._peers[0].values())).device)
+        moved = plan.num_bytes(plan.remote)
+        return PushReport(time.perf_counter() - start, moved, plan.num_bytes(plan.receives) - moved, 0)
