@@ -81,11 +81,11 @@ class _Faulty:
 
 
 class FaultySink(MemorySink):
-    """On the victim, at one slice, the fault: what is copied is lost, or the process ends."""
+    """At one slice the fault: what is copied is lost, or the process ends."""
 
-    def __init__(self, layout: BridgeLayout, like: Tensor, rank: int, fault: str, folder: Path) -> None:
-        super().__init__(layout, 0, like)
-        self.fault, self.folder = fault if rank == VICTIM else "none", folder
+    def __init__(self, layout: BridgeLayout, tp_rank: int, like: Tensor, fault: str, folder: Path) -> None:
+        super().__init__(layout, tp_rank, like)
+        self.fault, self.folder = fault, folder
         self.count = 0
 
     def parameter(self, name: str) -> Tensor:
@@ -118,7 +118,7 @@ def make_push(
     assert peers is not None
     peers.own.ready()
     run = WeightPull(plan, peers.of_rank, with_checksums=with_checksums)
-    return run, FaultySink(layout, like, rank, fault, folder)
+    return run, FaultySink(layout, 0, like, fault if rank == VICTIM else "none", folder)
 
 
 def push(group: dist.ProcessGroup, case: str, folder: Path) -> str:

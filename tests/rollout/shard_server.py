@@ -1,4 +1,4 @@
-"""A server for pushes over the network, as a process: HTTP and receivers are real, the model is plain memory.
+"""A server for pushes by plan, as a process: HTTP and receivers are real, the model is plain memory.
 
 Its two workers are threads. What goes wrong in it is told by the version of a push.
 """
@@ -12,10 +12,12 @@ import torch
 from aiohttp import web
 
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.memory_receiver import MemoryReceiver
 from megatron_riskpo.resharding.memory_sink import MemorySink
 from megatron_riskpo.resharding.network_receiver import ShardReceiver
+from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.meeting import LOST_PEER
-from tests.resharding.fault_ranks import VICTIM, FaultyTransport
+from tests.resharding.fault_ranks import VICTIM, FaultySink, FaultyTransport
 from tests.resharding.whole_model import rollout_parameters
 from tests.rollout.fake_server import FakeServer, fake_server
 
@@ -34,7 +36,7 @@ class ShardServer(FakeServer):
         self.folder, self.faults, self.tp = folder, faults, tp
         self.compares = True
         """With the made-up parameters of whole_model.py."""
-        self.receivers: list[ShardReceiver] = []
+        self.receivers: list[ShardReceiver | MemoryReceiver] = []
         self.sinks: list[MemorySink] = []
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -52,14 +54,23 @@ class ShardServer(FakeServer):
             self.receivers = results  # type: ignore[assignment]
         return web.json_response({})
 
-    def join(self, body: dict[str, Any], rank: int) -> ShardReceiver:
-        assert body["init_info"]["transport"] == "network"
-        return ShardReceiver(body["init_info"]["options"], rank, self.tp, torch.device("cpu"))
+    def join(self, body: dict[str, Any], rank: int) -> ShardReceiver | MemoryReceiver:
+        kind = {"network": ShardReceiver, "shared_memory": MemoryReceiver}[body["init_info"]["transport"]]
+        return kind(body["init_info"]["options"], rank, self.tp, torch.device("cpu"))
 
     def receive(self, body: dict[str, Any], rank: int) -> None:
+        if not self.receivers:
+            raise RunError("weights came before it was said how they come")
         version, receiver = body["update_info"]["content"]["version"], self.receivers[rank]
         fault = self.faults.get(version)
         is_victim = rank == self.tp - 1
+        if isinstance(receiver, MemoryReceiver):
+            like = torch.empty(0, dtype=torch.int64)
+            sink = FaultySink(receiver.layout, rank, like, (is_victim and fault) or "none", self.folder)
+            receiver.receive(sink, version)
+            self.compare(receiver.layout, rank, sink, version)
+            self.receivers = [] if fault == RESTART else self.receivers
+            return
         if fault in ("SIGKILL", "SIGSTOP", "corruption") and is_victim:
             # No name for the push here: who keeps it keeps its links.
             receiver._running()._transport = FaultyTransport(receiver._running()._transport, VICTIM, fault, self.folder)
@@ -71,18 +82,21 @@ class ShardServer(FakeServer):
                 raise RuntimeError("it keeps links on which others wait") from None
             raise
         receiver.tell(report, 0.25, version)
-        if self.compares and not is_whole(receiver, rank, sink, version):
-            raise RuntimeError("other numbers than the trainer has")
+        self.compare(receiver.layout, rank, sink, version)
         if fault == RESTART:
             receiver.close()
+
+    def compare(self, layout: BridgeLayout, rank: int, sink: MemorySink, version: int) -> None:
+        if self.compares and not is_whole(layout, rank, sink, version):
+            raise RuntimeError("other numbers than the trainer has")
 
 
 def refuse() -> None:
     raise RunError("stored otherwise")
 
 
-def is_whole(receiver: ShardReceiver, rank: int, sink: MemorySink, version: int) -> bool:
-    expected = rollout_parameters(receiver.layout, rank)
+def is_whole(layout: BridgeLayout, rank: int, sink: MemorySink, version: int) -> bool:
+    expected = rollout_parameters(layout, rank)
     same = (torch.equal(tensor, expected[name][: len(tensor)] + version) for name, tensor in sink.parameters.items())
     return not any(sink.missing.values()) and all(same)
 

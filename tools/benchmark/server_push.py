@@ -1,6 +1,6 @@
-"""Seconds and memory of weight pushes from two CPU ranks to one vLLM server, through files and over the network.
+"""Seconds and memory of weight pushes from two CPU ranks to one vLLM server: files, the network, shared memory.
 
-A Qwen2 model of random weights (float32), split over the ranks. Both ways go to the same server, in blocks that take
+A Qwen2 model of random weights (float32), split over the ranks. All ways go to the same server, in blocks that take
 turns; the first push of a block, which makes the group, does not count. A push is timed from the call that stops the
 server to the one that lets it go on. Memory is that of the ranks above what they held before, mapped files included.
 Usage: python tools/benchmark/server_push.py [--json server_push.json]
@@ -17,19 +17,20 @@ from typing import Any
 from bridge import on_ranks, write_model
 from markdown_table import markdown_table
 
-from megatron_riskpo.config import DataConfig, ModelConfig, RolloutConfig, TrainConfig
+from megatron_riskpo.config import DataConfig, ModelConfig, RolloutConfig, ServerConfig, TrainConfig
 from megatron_riskpo.rollout.server_process import ServerProcess
 
 RANK_SCRIPT = Path(__file__).with_name("server_push_rank.py")
-WAYS = ("file", "network")
+WAYS = ("file", "network", "shared_memory")
 MAX_TOKENS = 32
 
 
-def train_config(model: Path, urls: tuple[str, ...] = ()) -> TrainConfig:
+def train_config(model: Path, urls: tuple[str, ...] = (), server: ServerConfig | None = None) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(path=str(model)),
         data=DataConfig(max_prompt_tokens=MAX_TOKENS),
         rollout=RolloutConfig(placement="server", max_response_tokens=MAX_TOKENS, server_urls=urls),
+        server=server or ServerConfig(),
     )
 
 

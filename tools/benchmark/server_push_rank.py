@@ -12,7 +12,7 @@ import torch.distributed as dist
 from peak_memory import peak_memory
 from server_push import train_config
 
-from megatron_riskpo.config import ActorConfig, BridgeConfig, OptimizerConfig, RunConfig
+from megatron_riskpo.config import ActorConfig, BridgeConfig, OptimizerConfig, RunConfig, ServerConfig
 from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.distributed.launch import die_with_launcher, process_env
 from megatron_riskpo.distributed.runtime import rank_runtime
@@ -25,11 +25,11 @@ def block(task: dict[str, Any], way: str, actor: Any, grid: RankGrid, version: i
     from megatron_riskpo.resharding.actor_shards import ActorShards
     from megatron_riskpo.rollout.server_engine import ServerEngine
 
-    config = train_config(Path(task["model"]), (task["url"],))
+    config = train_config(Path(task["model"]), (task["url"],), ServerConfig(transport=way))  # type: ignore[arg-type]
     config = dataclasses.replace(config, bridge=BridgeConfig(bucket_mib=task["bucket_mib"]))
     engine = ServerEngine(
         config, vocab_size=actor.shape.vocab_size, world_group=grid.world, folder=Path(task["model"]).parent,
-        export=actor.export_weights, log=print, shards=ActorShards.of(actor) if way == "network" else None,
+        export=actor.export_weights, log=print, shards=ActorShards.of(actor) if way != "file" else None,
     )  # fmt: skip
     turns = []
     for turn in range(1 + task["repeats"]):
