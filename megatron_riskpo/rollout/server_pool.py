@@ -29,6 +29,8 @@ class Server:
     client: ServerClient
     usable: bool = False
     """It has the current weights, and did not fail."""
+    version: int = -1
+    """Of the weights that it was given last."""
     reason: str = "has no weights yet"
     """Why it may not be used."""
     outstanding: int = 0
@@ -52,9 +54,9 @@ class Server:
             for call in self.calls:
                 call.cancel()
 
-    def admit(self) -> None:
-        """It has the current weights."""
-        self.usable, self.reason, self.failures = True, "", 0
+    def admit(self, version: int) -> None:
+        """It has the current weights, of this version."""
+        self.usable, self.version, self.reason, self.failures = True, version, "", 0
 
     async def call(self, work: Coroutine[Any, Any, Any], *, cost: int = 0) -> Any:
         """The result of one call; ServerError also where the server is given up meanwhile."""
@@ -126,10 +128,26 @@ class ServerPool:
         return [known.get(url) or Server(self._connect(url)) for url in urls]
 
     async def ready_at(self, urls: Sequence[str], timeout_s: float) -> list[Server]:
-        """Those in use, and the others that are ready for weights."""
+        """Those in use, and the others that are ready for weights: also those that were in use, and are other processes
+        since."""
+        await asyncio.gather(*(self._recognise(server, timeout_s) for server in self.usable))
         servers = self._at(urls)
-        answers = await asyncio.gather(*(server.client.can_take_weights(timeout_s) for server in servers))
-        return [server for server, ready in zip(servers, answers, strict=True) if server.usable or ready]
+        others = [server for server in servers if not server.usable]
+        answers = await asyncio.gather(*(server.client.can_take_weights(timeout_s) for server in others))
+        ready = {server.client.url for server, can in zip(others, answers, strict=True) if can}
+        return [server for server in servers if server.usable or server.client.url in ready]
+
+    async def _recognise(self, server: Server, timeout_s: float) -> None:
+        """Give up a server in use that no longer has what it was given. One that was started anew may have been away
+        too shortly for a health check, and knows nothing of what the one before had been told."""
+        try:
+            label = await server.client.weight_label(timeout_s)
+        except (ServerError, RunError):
+            return  # what is wrong with it, the push will say
+        if server.usable and label != str(server.version):
+            given = f"{str(server.version)!r} as it was given"
+            cause = "it was started anew, or another run pushes to it"
+            self.give_up(server, f"{server.client.url} has weights {label!r}, not {given}: {cause}")
 
     async def admit(self, urls: Sequence[str]) -> None:
         """These servers, and no others, have the current weights."""
@@ -138,7 +156,7 @@ class ServerPool:
                 server.give_up(f"{server.client.url} did not take weights of version {self.newest_version}")
         self.servers = self._at(urls)
         for server in self.servers:
-            server.admit()
+            server.admit(self.newest_version)
 
     async def give_up_for_all(self, urls: Sequence[str]) -> None:
         """What failed for one rank is used by none."""

@@ -51,6 +51,10 @@ class FakeServer:
     url: str = ""
     _busy: int = 0
 
+    def restart(self) -> None:
+        """It crashed and is back at its address, with weights of its own."""
+        self.version = "default"
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         while self.silent:
             await asyncio.sleep(0.02)

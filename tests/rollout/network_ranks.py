@@ -72,7 +72,7 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
         outcomes.append(outcome(push, list(servers.values()), version, is_victim=step == DEAD_RANK and rank == 1))
         failed = outcomes[-1].get("failed", {})
         for server in servers.values():
-            server.admit()
+            server.admit(version)
         urls = [url for url in urls if url not in failed or "corrupted" in failed[url]]
         for tensor in shards.parameters.values():
             tensor += 1

@@ -39,7 +39,15 @@ class ShardServer(FakeServer):
         self.receivers: list[ShardReceiver | MemoryReceiver] = []
         self.sinks: list[MemorySink] = []
 
+    def restart(self) -> None:
+        super().restart()
+        for receiver in self.receivers:
+            receiver.close()
+        self.receivers = []
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/start_weight_update" and not self.receivers:
+            return web.json_response({"error": {"message": "it was not said how weights come"}}, status=500)
         work = {"/init_weight_transfer_engine": self.join, "/update_weights": self.receive}.get(request.path)
         if work is None:
             return await super().handle(request)
