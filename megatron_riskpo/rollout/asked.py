@@ -1,9 +1,10 @@
 """Responses that servers are asked for in the event loop's thread, seen from the thread that waits for them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Future
 
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.rollout.attendance import Attendance
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.server_pool import NoServersError, Response, ServerPool
 from megatron_riskpo.rollout.types import SamplingConfig
@@ -19,9 +20,9 @@ def ask(
     return {loop.submit(pool.complete(responses[row], sampling)): row for row in rows}
 
 
-def outcomes(asked: Asked) -> Iterator[tuple[int, RunError | NoServersError | None]]:
+def outcomes(asked: Asked, attendance: Attendance) -> Iterator[tuple[int, RunError | NoServersError | None]]:
     """Each row as soon as its response is finished, or will not be: then with the reason."""
-    for future in as_completed(asked):
+    for future in attendance.finished(asked):
         try:
             future.result()
             yield asked[future], None

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from megatron_riskpo.config import ServerConfig
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.rollout.asked import ask, outcomes
+from megatron_riskpo.rollout.attendance import Attendance
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.prompt_checks import check_prompts
 from megatron_riskpo.rollout.replicas import gather_responses, join_prompts, slice_of
@@ -36,6 +37,7 @@ class ServedModel:
         RunError where a server does not answer, UsageError where it holds something else than the weights of `model`,
         or has too few positions."""
         self._group, self._max_model_len, self._vocab_size = world_group, max_model_len, vocab_size
+        self._attendance = Attendance(world_group)
         with contextlib.ExitStack() as stack:
             self._loop = LoopThread()
             stack.callback(self._loop.close)
@@ -83,11 +85,13 @@ class ServedModel:
         mine = slice_of(len(prompts), self._group.size(), self._group.rank())
         responses = responses_to(prompts[mine], sampling, seeds[mine], version=-1)
         failure = ""
-        for row, error in outcomes(ask(self._loop, self._pool, responses, range(len(responses)), sampling)):
+        asked = ask(self._loop, self._pool, responses, range(len(responses)), sampling)
+        for row, error in outcomes(asked, self._attendance):
             if error is not None:
                 failure = failure or self._reason(error)
             elif on_finished is not None:
                 on_finished(mine.start * sampling.group_size + row, responses[row].tokens)
+        self._attendance.until_all_are_done()
         self._agree_on(failure)
         gathered = gather_responses(to_responses(responses), len(prompts), sampling.group_size, 1, self._group)
         return join_prompts(prompts, sampling.group_size, gathered)

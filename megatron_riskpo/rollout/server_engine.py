@@ -24,6 +24,7 @@ from megatron_riskpo.resharding.actor_shards import ActorShards
 from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
 from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
 from megatron_riskpo.rollout.asked import Asked, ask, outcomes
+from megatron_riskpo.rollout.attendance import Attendance
 from megatron_riskpo.rollout.carried import go_on_from, packed
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.planned_push import PlannedPush, planned_push
@@ -88,6 +89,7 @@ class ServerEngine:
         Collective. Raises RunError, on every rank, where one does not start."""
         self._config, self._group, self._export, self._log = config, world_group, export, log
         self._vocab_size = vocab_size
+        self._attendance = Attendance(world_group)
         self._max_model_len = max_sequence_length(config)
         self._weight_version = -1
         self._shapes = checkpoint_shapes(config.model.path)
@@ -214,7 +216,7 @@ class ServerEngine:
         """Until nothing is asked any more; of responses that no server could finish there is no error."""
         first = slice_of(len(pending.prompts), self._group.size(), self._group.rank()).start
         errors = []
-        for row, failure in outcomes(pending.asked):
+        for row, failure in outcomes(pending.asked, self._attendance):
             if isinstance(failure, RunError):
                 errors.append(str(failure))
             elif failure is None and on_finished is not None:
@@ -225,6 +227,7 @@ class ServerEngine:
     def _settle(self, pending: PendingRollouts, errors: Sequence[str]) -> int:
         """Bring the ranks to one view: who failed for one is used by none. The number of unfinished responses over all
         ranks; RunError, on every rank, for an error of any."""
+        self._attendance.until_all_are_done()
         unfinished = sum(not response.reason for response in pending.responses)
         usable = [server.client.url for server in self._pool.usable]
         views: list[Any] = [None] * self._group.size()

@@ -1,0 +1,29 @@
+"""What each of two ranks does in test_attendance: the second waits far longer than collectives may take."""
+
+import threading
+import time
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_riskpo.rollout.attendance import Attendance
+
+TIMEOUT_S, EVERY_S, SLOW_S = 2.0, 0.2, 5.0
+
+
+def outcomes(folder: Path) -> tuple[float, float]:
+    """Seconds until this rank's responses were there, and until all were. Of its three responses the second rank's last
+    is slow."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    assert group is not None
+    futures: list[Future[None]] = [Future() for _ in range(3)]
+    for number, future in enumerate(futures):
+        late = SLOW_S if number == 2 and dist.get_rank() == 1 else 0.1 * number
+        threading.Timer(late, future.set_result, [None]).start()
+    attendance, begun = Attendance(group, EVERY_S), time.monotonic()  # type: ignore[arg-type]
+    assert set(attendance.finished(futures)) == set(futures)
+    own = time.monotonic() - begun
+    attendance.until_all_are_done()
+    return own, time.monotonic() - begun
