@@ -150,7 +150,8 @@ class ServerConfig:
     request_timeout_s: float = 600.0
     """A response that takes longer, in seconds, is asked for again."""
     push_timeout_s: float = 120.0
-    """A server that takes longer, in seconds, over one call of a weight push is given up."""
+    """A server that takes longer, in seconds, over a part of a weight push (to get ready, to load a bucket, to put the
+    weights in use) is given up."""
     start_timeout_s: float = 300.0
     """A server that the run starts has to be healthy within so many seconds."""
     max_retries: int = 3

@@ -73,17 +73,6 @@ def staleness_correction(setup: Setup) -> str | None:
     return None
 
 
-def start_timeout(setup: Setup) -> str | None:
-    """The ranks wait for rank 0, which waits for the servers, in a collective."""
-    run, server, rollout = setup.config.run, setup.config.server, setup.config.rollout
-    if rollout.placement == "server" and not rollout.server_urls and server.start_timeout_s >= run.timeout_s:
-        return (
-            f"server.start_timeout_s = {server.start_timeout_s:g} is not below run.timeout_s = {run.timeout_s:g}, for "
-            "which the ranks wait for each other; lower it, or raise run.timeout_s"
-        )
-    return None
-
-
 def verification(setup: Setup) -> str | None:
     verify, rollout = setup.config.bridge.verify, setup.config.rollout
     if rollout.placement != "server":
@@ -128,7 +117,6 @@ SERVER_RULES: tuple[Rule, ...] = (
     transport,
     transfer_dir,
     staleness_correction,
-    start_timeout,
     verification,
     sleep,
     sleep_device,

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from megatron_riskpo.algorithms.config import MismatchConfig
-from megatron_riskpo.config import ActorConfig, BridgeConfig, RolloutConfig, ServerConfig, TrainConfig, TrainRunConfig
+from megatron_riskpo.config import ActorConfig, BridgeConfig, RolloutConfig, ServerConfig, TrainConfig
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_checks import TRAIN_RULES, engine_split, problems
 from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.config_servers import SERVER_RULES, transport_of
-from megatron_riskpo.config_waits import stall_limit
 
 TIS = {"mismatch": MismatchConfig(correction="tis")}
 
@@ -40,10 +39,6 @@ def on_servers(**rollout: Any) -> TrainConfig:
         (on_servers(server_urls=("http://a:1", "http://a:1")), "names a server twice"),
         (dataclasses.replace(on_servers(), server=ServerConfig(transfer_dir="/no/where")), "/no/where is no folder"),
         (on_servers(sleep=True), "rollout.sleep is for vLLM in the training processes"),
-        (
-            dataclasses.replace(on_servers(), server=ServerConfig(start_timeout_s=900)),
-            "server.start_timeout_s = 900 is not below run.timeout_s = 600, .* raise run.timeout_s",
-        ),
         (dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="golden")), '"golden" .* "checksum" or "none"'),
         (
             dataclasses.replace(
@@ -69,7 +64,6 @@ def test_what_cannot_work_is_refused_in_one_line(config, message):
         on_servers(),
         on_servers(server_urls=("http://a:1", "https://[::1]:2/")),
         dataclasses.replace(on_servers(max_staleness=1), **TIS),
-        dataclasses.replace(on_servers(server_urls=("http://a:1",)), server=ServerConfig(start_timeout_s=900)),
         dataclasses.replace(on_servers(), bridge=BridgeConfig(verify="probe")),
         dataclasses.replace(on_servers(server_urls=("http://a:1",)), bridge=BridgeConfig(verify="checksum")),
         TrainConfig(bridge=BridgeConfig(verify="golden")),
@@ -116,24 +110,3 @@ def test_sleep_needs_a_gpu():
 def test_every_number_has_a_range(name):
     wrong = dataclasses.replace(TrainConfig(), server=ServerConfig(**{name: -1}))
     assert f"server.{name} = -1 is out of range" in (out_of_bounds(wrong) or "")
-
-
-@pytest.mark.parametrize(
-    ("limit", "urls", "longest"),
-    [
-        (0, (), None),
-        (601, (), None),
-        (600, (), "server.request_timeout_s = 600"),
-        (700, (), "server.start_timeout_s = 800"),
-        (700, ("http://a:1",), None),
-    ],
-)
-def test_a_stall_is_longer_than_the_waits_that_servers_may_take(limit, urls, longest):
-    start = 800 if limit == 700 else 300
-    config = dataclasses.replace(
-        on_servers(server_urls=urls),
-        run=TrainRunConfig(stall_limit_s=limit),
-        server=ServerConfig(start_timeout_s=start),
-    )
-    found = stall_limit(Setup(config, 1, {}))
-    assert found is None if longest is None else f"as long as {longest} allows" in found

@@ -54,17 +54,25 @@ class MemoryPush:
         Raises RunError, on every rank, where a rank does not come."""
         self._own.ready()
         self._control.agree(version, "the version of the weights")
-        update: list[ServerUpdate] = []
-        from_first(lambda: update.append(self._update(servers(), version)), self._group)
-        return update[0] if update else None
+        begun: list[_MemoryUpdate] = []
+        # In two parts: others wait for the first rank in a collective.
+        from_first(lambda: begun.append(self._begin(servers(), version)), self._group)
+        from_first(lambda: self._finish(begun[0]), self._group)
+        return begun[0] if begun else None
 
-    def _update(self, servers: Sequence[Server], version: int) -> ServerUpdate:
-        update = _MemoryUpdate(servers, version, self._config.server.push_timeout_s)
+    def _begin(self, servers: Sequence[Server], version: int) -> "_MemoryUpdate":
         # Who was not usable may be another process than before.
         self._told &= {server.client.url for server in servers if server.usable}
-        self._loop.run(update.run(self._init_info(), {server.client.url for server in servers} - self._told))
-        self._told = {server.client.url for server in update.alive}
+        anew = {server.client.url for server in servers} - self._told
+        timeout_s = self._config.server.push_timeout_s
+        update = _MemoryUpdate(servers, version, timeout_s, self._init_info(), anew)
+        self._loop.run(update.begin(update.alive))
         return update
+
+    def _finish(self, update: "_MemoryUpdate") -> None:
+        self._loop.run(update.load())
+        self._loop.run(update.finish())
+        self._told = {server.client.url for server in update.alive}
 
     def _init_info(self) -> dict[str, Any]:
         """All servers get the same: by what a worker reads it makes no difference which of them it is."""
@@ -80,14 +88,21 @@ class MemoryPush:
 
 
 class _MemoryUpdate(ServerUpdate):
-    async def run(self, init_info: dict[str, Any], anew: set[str]) -> None:
-        """All of a push; servers at the addresses `anew` are told first where the weights are."""
+    def __init__(
+        self, servers: Sequence[Server], version: int, timeout_s: float, init_info: dict[str, Any], anew: set[str]
+    ) -> None:
+        """Servers at the addresses `anew` are told first where the weights are."""
+        super().__init__(servers, version, timeout_s)
+        self._init_info, self._anew = init_info, anew
 
-        async def tell(client: ServerClient) -> None:
-            if client.url in anew:
-                await client.post("/init_weight_transfer_engine", self._timeout_s, {"init_info": init_info})
+    async def _begin(self, client: ServerClient) -> None:
+        if client.url in self._anew:
+            await client.post("/init_weight_transfer_engine", self._timeout_s, {"init_info": self._init_info})
+        await super()._begin(client)
 
-        await self._all(self.alive, tell)
-        await self.begin(self.alive)
-        await self._each(self.alive, "/update_weights", {"update_info": {"content": {"version": self.version}}})
-        await self.finish()
+    async def load(self) -> None:
+        """Have the servers read all of the weights."""
+        update = {"update_info": {"content": {"version": self.version}}}
+        await self._all(
+            self.alive, "load the weights", lambda client: client.post("/update_weights", self._timeout_s, update)
+        )

@@ -60,11 +60,13 @@ class ServerClient:
         return _version(await self.weight_label(timeout_s))
 
     async def can_take_weights(self, timeout_s: float) -> bool:
-        """Whether it is healthy, and no push broke off in it: of that only a restart heals it."""
+        """Whether it is healthy, and no push broke off in it: of that only a restart heals it. False also where both
+        answers take longer than `timeout_s`."""
         try:
-            await self._call("GET", "/health", None, timeout_s)
-            return not (await self.weight_label(timeout_s)).startswith(_HALF_UPDATED)
-        except (ServerError, RunError):  # or something else answers at its address
+            async with asyncio.timeout(timeout_s):
+                await self._call("GET", "/health", None, timeout_s)
+                return not (await self.weight_label(timeout_s)).startswith(_HALF_UPDATED)
+        except (ServerError, RunError, TimeoutError):  # or something else answers at its address
             return False
 
     async def begin_update(self, version: int, timeout_s: float) -> None:

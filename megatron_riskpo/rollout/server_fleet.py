@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from megatron_riskpo.config_waits import restart_limit_s
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.server_process import ServerProcess
 
@@ -47,7 +48,9 @@ class ServerFleet:
                 self._restart(process, f"the server at {url} failed")
 
     def addresses(self) -> list[str]:
-        """Of the servers that are up. Waits until one is. Raises RunError where none can be any more."""
+        """Of the servers that are up. Waits until one is. Raises RunError where none can be any more, or is not by when
+        the other ranks would give up."""
+        begun = time.monotonic()
         while True:
             for process, url in list(self._urls.items()):
                 if url is None:
@@ -57,6 +60,12 @@ class ServerFleet:
                 return found
             if not self.has_processes:
                 raise RunError(f"no rollout server is left: {'; '.join(self._gone)}")
+            limit_s = restart_limit_s(next(iter(self._urls)).config)
+            if time.monotonic() - begun > limit_s:
+                raise RunError(
+                    f"no rollout server came back within {limit_s:g} s, for which the other ranks wait; raise "
+                    "run.timeout_s"
+                )
             time.sleep(_POLL_S)
 
     def wait_for_all(self) -> None:

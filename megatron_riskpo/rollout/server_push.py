@@ -18,11 +18,15 @@ _MAX_IN_FLIGHT = 2
 """Buckets whose files exist at a time: one is written while the servers load the one before."""
 
 
+Work = Callable[[ServerClient], Coroutine[Any, Any, None]]
+"""A part of a push, on one server."""
+
+
 class ServerUpdate:
     """The calls of one push of one version to `servers`, in the loop that they are called in."""
 
     def __init__(self, servers: Sequence[Server], version: int, timeout_s: float) -> None:
-        """`timeout_s`: of a call."""
+        """`timeout_s`: a server's, for each part: to get ready, to load a bucket, to put the weights in use."""
         self.failed: dict[str, str] = {}
         """Address to reason."""
         self.version = version
@@ -35,31 +39,44 @@ class ServerUpdate:
 
     async def begin(self, servers: Sequence[Server]) -> None:
         """Stop the servers, keeping what they have sampled, and prepare them."""
-        await self._each(servers, "/pause?mode=abort")
-        await self._all(servers, lambda client: client.begin_update(self.version, self._timeout_s))
+        await self._all(servers, "get ready", self._begin)
 
     async def finish(self) -> None:
         """Put the weights in use, and let the servers go on."""
-        await self._all(self.alive, lambda client: client.finish_update(self.version, self._timeout_s))
-        await self._each(self.alive, "/resume")
+        await self._all(self.alive, "put the weights in use", self._finish)
 
     def fail(self, url: str, reason: str) -> None:
         """Of a server that is not to be used."""
         self.failed.setdefault(url, f"push of version {self.version} failed: {reason}")
 
-    async def _each(self, servers: Sequence[Server], path: str, body: dict[str, Any] | None = None) -> None:
-        """The same call on these servers, of which the failed ones are left out, at once."""
-        await self._all(servers, lambda client: client.post(path, self._timeout_s, body))
+    async def _begin(self, client: ServerClient) -> None:
+        await client.post("/pause?mode=abort", self._timeout_s)
+        await client.begin_update(self.version, self._timeout_s)
 
-    async def _all(self, servers: Sequence[Server], work: Callable[[ServerClient], Coroutine[Any, Any, None]]) -> None:
+    async def _finish(self, client: ServerClient) -> None:
+        await client.finish_update(self.version, self._timeout_s)
+        await client.post("/resume", self._timeout_s)
+
+    async def _all(self, servers: Sequence[Server], what: str, work: Work) -> None:
+        """A part of the push on these servers, of which the failed ones are left out, at once."""
         asked = [server for server in servers if server.client.url not in self.failed]
-        await asyncio.gather(*(self._guarded(server, work(server.client)) for server in asked))
+        await asyncio.gather(*(self._guarded(server, what, work) for server in asked))
 
-    async def _guarded(self, server: Server, work: Coroutine[Any, Any, Any]) -> None:
+    async def _guarded(self, server: Server, what: str, work: Work) -> None:
         try:
-            await server.call(work)
+            await server.call(self._in_time(server.client, what, work))
         except (ServerError, RunError) as error:  # a refusal too: the others may take it, or all are named
             self.fail(server.client.url, str(error))
+
+    async def _in_time(self, client: ServerClient, what: str, work: Work) -> None:
+        """The part, not each of its calls: the ranks wait for it."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await work(client)
+        except TimeoutError as error:
+            raise ServerError(
+                f"{client.url} did not {what} within server.push_timeout_s = {self._timeout_s:g} s"
+            ) from error
 
 
 class FilePush(ServerUpdate):
@@ -75,9 +92,12 @@ class FilePush(ServerUpdate):
 
     async def start(self) -> None:
         """Make all servers ready for buckets."""
-        init = {"transport": "file", "options": {"num_tensors": self._num_tensors}}
-        await self._each(self.alive, "/init_weight_transfer_engine", {"init_info": init})
         await self.begin(self.alive)
+
+    async def _begin(self, client: ServerClient) -> None:
+        init = {"transport": "file", "options": {"num_tensors": self._num_tensors}}
+        await client.post("/init_weight_transfer_engine", self._timeout_s, {"init_info": init})
+        await super()._begin(client)
 
     async def send(self, bucket: Sequence[NamedTensor]) -> None:
         """Write one bucket and hand it over, while the one before may still be loading. Raises OSError where the
@@ -95,8 +115,11 @@ class FilePush(ServerUpdate):
     async def _load(self, record: dict[str, Any], path: Path, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await before
+        update = {"update_info": {"content": record}}
         try:
-            await self._each(self.alive, "/update_weights", {"update_info": {"content": record}})
+            await self._all(
+                self.alive, "load a bucket", lambda client: client.post("/update_weights", self._timeout_s, update)
+            )
         finally:
             path.unlink(missing_ok=True)
 

@@ -262,7 +262,7 @@ WRONG = {
     ),
     "stall_limit": (["--run.stall_limit_s", "60", "--bridge.timeout_s", "60"], 1, {}),
     "staleness_correction": (["--rollout.engine", "vllm", *SERVER, "--rollout.max_staleness", "1"], 1, {}),
-    "start_timeout": (["--rollout.engine", "vllm", *SERVER, "--server.start_timeout_s", "9000"], 1, {}),
+    "collective_timeout": (["--rollout.engine", "vllm", *SERVER, "--server.start_timeout_s", "9000"], 1, {}),
     "verification": (["--rollout.engine", "vllm", *SERVER, "--bridge.verify", "golden"], 1, {}),
     "sleep": (["--rollout.sleep", "true"], 1, {}),
     "data_sources": (["--data.sources", "a.jsonl:1", "b.jsonl:0"], 1, {}),

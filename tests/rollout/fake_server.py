@@ -33,6 +33,9 @@ class FakeServer:
     silent: bool = False
     """Answer nothing at all, as a stopped process."""
     delay_s: float = 0.0
+    """Of generate calls."""
+    call_delay_s: float = 0.0
+    """Of the others, but health checks."""
     abort_after: int = 0
     """End the next response after so many tokens, as a pause does; 0: none."""
     garbled: bool = False
@@ -69,6 +72,7 @@ class FakeServer:
         if request.path == "/v1/models":
             return web.json_response({"data": [{"root": self.model, "max_model_len": self.max_model_len}]})
         self.calls.append(request.path)
+        await asyncio.sleep(self.call_delay_s)
         body = await request.json() if request.can_read_body else {}
         if request.path == "/weight_info":
             return web.json_response({"weight_version": self.version})

@@ -1,5 +1,6 @@
 """Which servers a run has, as its processes come and go; the processes are ones that only say what they are asked."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ class Process:
 
     def __init__(self, index: int, restarts_left: int = 1, slow: int = 0) -> None:
         self.index, self.restarts_left, self.slow = index, restarts_left, slow
-        self.config = SimpleNamespace(server=SimpleNamespace(max_restarts=restarts_left))
+        self.config = SimpleNamespace(
+            run=SimpleNamespace(timeout_s=30.2), server=SimpleNamespace(max_restarts=restarts_left, push_timeout_s=20.0)
+        )
         self.num_starts, self.asked, self.running = 0, 0, False
 
     def start(self) -> None:
@@ -75,6 +78,15 @@ def test_restarts_are_bounded_and_the_reason_is_said(monkeypatch):
     message = r"no rollout server is left: the server at http://1:2 failed, and server.max_restarts = 1 is used up"
     with pytest.raises(RunError, match=message):
         servers.addresses()
+
+
+def test_a_restart_is_waited_for_as_long_as_the_other_ranks_can_wait():
+    process = Process(1, slow=10**6)
+    servers, _ = fleet(process)
+    begun = time.monotonic()
+    with pytest.raises(RunError, match=r"no rollout server came back within 0.2 s, .*; raise run.timeout_s"):
+        servers.addresses()
+    assert time.monotonic() - begun < 10
 
 
 def test_a_process_that_does_not_start_again_counts_as_failed(monkeypatch):

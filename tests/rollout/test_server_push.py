@@ -16,12 +16,12 @@ from tests.rollout.fake_server import FakeServer, fake_server
 TIMEOUT_S = 5.0
 
 
-async def push(servers: list[FakeServer], folder: Path) -> FilePush:
+async def push(servers: list[FakeServer], folder: Path, timeout_s: float = TIMEOUT_S) -> FilePush:
     """Two buckets of version 3 to those that can take them."""
     async with aiohttp.ClientSession() as session:
         pool = ServerPool(lambda url: ServerClient(url, session), ServerConfig(), print)
         ready = await pool.ready_at([server.url for server in servers], TIMEOUT_S)
-        update = FilePush(ready, 3, 2, folder, TIMEOUT_S)
+        update = FilePush(ready, 3, 2, folder, timeout_s)
         await update.start()
         for name in ("a", "b"):
             await update.send([(name, torch.ones(3))])
@@ -43,6 +43,15 @@ def test_a_server_that_fails_is_given_up_alone(tmp_path, kind, path):
         assert good.version == "3"
         assert good.calls.count("/update_weights") == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_has_its_time_for_a_part_of_the_push_and_not_for_each_call(tmp_path):
+    with fake_server() as good, fake_server(call_delay_s=0.4) as slow:
+        update = asyncio.run(push([good, slow], tmp_path, timeout_s=1.0))
+        assert [server.client.url for server in update.alive] == [good.url]
+        (reason,) = update.failed.values()
+        assert reason.endswith(f"{slow.url} did not get ready within server.push_timeout_s = 1 s")
+        assert "/update_weights" not in slow.calls
 
 
 @pytest.mark.parametrize("path", ["/health", "/weight_info"])
