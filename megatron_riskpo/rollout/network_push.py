@@ -5,43 +5,26 @@ Where one fails, the servers whose fault it is are given up, and the others, wit
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards, served_layout
-from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.network_receiver import report_key
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
-from megatron_riskpo.resharding.transports.base import PeerError
-from megatron_riskpo.resharding.transports.meeting import (
-    GroupTransport,
-    Meeting,
-    call_off,
-    connect_store,
-    is_link_error,
-    join,
-    leave,
-    open_store,
-)
-from megatron_riskpo.rollout.first_rank import Result, from_first
+from megatron_riskpo.resharding.transports.meeting import GroupTransport, Meeting, call_off, join, leave
 from megatron_riskpo.rollout.joint_calls import PushLead
 from megatron_riskpo.rollout.loop_thread import LoopThread
-from megatron_riskpo.rollout.push_address import address_of_rank, store_address
+from megatron_riskpo.rollout.push_ranks import Problem, PushRanks, problem_of
 from megatron_riskpo.rollout.server_pool import Server
 from megatron_riskpo.rollout.server_push import ServerUpdate
-
-_LATE_S = 1.0
-"""Ranks do not fail at the same instant: one that is well comes so much later at most."""
 
 
 class _NoSink:
@@ -54,41 +37,24 @@ class _NoSink:
         self.parameter(name)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Why a rank did not come to the end of what all do together."""
-
-    message: str
-    is_link: bool
-    """To another member of the group; else it is this rank's own."""
-    peer: int
-    """Whose link it is; -1: not known."""
-    seconds: float
-    """From the beginning. Who breaks off first has the cause, the others see that it did."""
-
-
 class NetworkPush:
     """Made once a run; every method but `leave` is collective over the trainer's ranks, `open` the first."""
 
-    def __init__(self, config: TrainConfig, shards: ActorShards, group: dist.ProcessGroup, loop: LoopThread) -> None:
+    def __init__(self, config: TrainConfig, shards: ActorShards, group: ProcessGroup, loop: LoopThread) -> None:
         """Servers are called in `loop`; they need not be up yet. Raises UsageError for layouts that cannot be."""
-        self._config, self._shards, self._group, self._loop = config, shards, group, loop
+        self._config, self._shards, self._loop = config, shards, loop
         self._timeout_s = config.bridge.timeout_s
         num_servers = len(config.rollout.server_urls) or config.rollout.servers
         plan_rank(self._layout(num_servers), group.rank())  # its errors now, not once servers are up
-        # Ranks may notice a fault one after the other.
-        self._control = Control(dist.new_group(backend="gloo"), 2 * self._timeout_s)  # type: ignore[arg-type]
-        self._store: dist.Store | None = None
-        self._where = ("", 0)
-        """Of the store."""
+        self._ranks = PushRanks(group, self._timeout_s)
         self._lead: PushLead | None = None
         """Rank 0's."""
-        self._num_groups = self._num_gathers = 0
+        self._num_groups = 0
         self._members: list[str] = []
         """The servers of the group that there is."""
         self._transport: GroupTransport | None = None
         self._push: WeightPush | None = None
-        self._problems: list[_Problem] = []
+        self._problems: list[Problem] = []
         """What all ranks said of the last thing done together, the first to break off first."""
         self.reports: list[dict[str, Any]] = []
         """Rank 0's: what each worker said of the last push."""
@@ -96,23 +62,7 @@ class NetworkPush:
     def open(self, hosts: Sequence[str]) -> None:
         """Have servers, once they are up, and ranks meet; `hosts` are the ranks' machines. Raises RunError, on every
         rank, where one is not reached."""
-        found = [""] * self._group.size()
-        dist.all_gather_object(found, address_of_rank(hosts[self._group.rank()]), group=self._group)
-        others = {address for address, host in zip(found, hosts, strict=True) if host != hosts[0]}
-        self._where = self._from_first(lambda: self._open(store_address(self._config.rollout.server_urls, others)))
-        error = ""
-        try:
-            self._store = self._store or connect_store(*self._where, self._timeout_s)
-        except RunError as failure:
-            error = f"rank {self._group.rank()}: {failure}"
-        dist.all_gather_object(found, error, group=self._group)
-        if any(found):
-            raise RunError(next(filter(None, found)))
-
-    def _open(self, address: str) -> tuple[str, int]:
-        store = open_store(address)
-        self._store = store
-        return address, store.port
+        self._ranks.open(hosts, self._config.rollout.server_urls)
 
     def _layout(self, num_servers: int) -> BridgeLayout:
         return served_layout(self._shards.layout_options(self._config, num_servers))
@@ -120,13 +70,13 @@ class NetworkPush:
     def run(self, servers: Callable[[], Sequence[Server]], version: int) -> ServerUpdate | None:
         """Bring the weights as they are to all servers, which only rank 0 looks for; what became of them, on rank 0.
         Raises RunError, on every rank, where a rank of the trainer is lost."""
-        if not self._from_first(lambda: self._start(servers(), version)):
+        if not self._ranks.from_first(lambda: self._start(servers(), version)):
             self.leave()
-        self._control.agree(version, "the version of the weights")
-        while urls := self._from_first(lambda: [server.client.url for server in self._leading.waiting()]):
-            if (urls == self._members or self._meet(urls)) and self._from_first(lambda: self._leading.begin()):
+        self._ranks.agree_on_version(version)
+        while urls := self._ranks.from_first(lambda: [server.client.url for server in self._leading.waiting()]):
+            if (urls == self._members or self._meet(urls)) and self._ranks.from_first(lambda: self._leading.begin()):
                 self._send(urls, version)
-        self._from_first(lambda: self._leading.finish())
+        self._ranks.from_first(lambda: self._leading.finish())
         return None if self._lead is None else self._lead.update
 
     @property
@@ -150,11 +100,10 @@ class NetworkPush:
         twice."""
         self.leave()
         self._num_groups += 1
-        layout, rank = self._layout(len(urls)), self._group.rank()
+        layout, rank = self._layout(len(urls)), self._ranks.group.rank()
         num_ranks = layout.rollout.rank(len(urls), 0)
-        meeting = Meeting(*self._where, self._prefix, num_ranks, self._timeout_s)
-        store = self._store
-        assert store is not None
+        meeting = Meeting(*self._ranks.address, self._prefix, num_ranks, self._timeout_s)
+        store = self._ranks.store
 
         def ask() -> None:
             bodies = [{"init_info": self._receiver_options(meeting, layout, index)} for index in range(len(urls))]
@@ -170,7 +119,7 @@ class NetworkPush:
 
         answers = self._together(urls, ask, work, "the group with the rollout servers")
         is_ranks_affair = self._push is None and not any(answers.values())
-        if is_ranks_affair and not self._from_first(lambda: self._leading.try_again()):
+        if is_ranks_affair and not self._ranks.from_first(lambda: self._leading.try_again()):
             raise RunError(f"weight push: {self._problems[0].message}")
         self._members = urls if self._push is not None else []
         return self._push is not None
@@ -209,28 +158,19 @@ class NetworkPush:
         """Do `work` while the servers at `urls` do what rank 0 asks; their answers. Afterwards there is no group unless
         all of it went well. RunError names ranks of the trainer that do not come to the end of it, and those with an
         error of their own."""
-        self._from_first(ask)
-        problem = _problem_of(work)
+        self._ranks.from_first(ask)
+        problem = problem_of(work)
         if problem is not None:
             self.leave()  # before anything else: others see by it that they wait in vain
-        is_failed = any(self._gather(problem is not None, what))
-        self._problems = self._all_problems(problem) if is_failed else []
+        is_failed = any(self._ranks.gather(problem is not None, what))
+        if is_failed:
+            self.leave()
+        self._problems = self._ranks.problems(problem) if is_failed else []
         wait_s = self._timeout_s if is_failed else max(self._timeout_s, self._config.server.push_timeout_s)
-        answers = self._from_first(lambda: self._leading.settle(wait_s, self._first_lost(urls)))
+        answers = self._ranks.from_first(lambda: self._leading.settle(wait_s, self._first_lost(urls)))
         if any(answers.values()):
             self.leave()
         return answers
-
-    def _all_problems(self, problem: _Problem | None) -> list[_Problem]:
-        """Every rank's. RunError where one is a rank's own."""
-        self.leave()
-        found: list[_Problem | None] = [None] * self._group.size()
-        dist.all_gather_object(found, problem, group=self._group)
-        problems = sorted((of for of in found if of is not None), key=lambda of: of.seconds)
-        own = [of.message for of in problems if not of.is_link]
-        if own:
-            raise RunError(own[0])
-        return problems
 
     def _first_lost(self, urls: Sequence[str]) -> str:
         """The server to which a link of a rank broke before all others; empty where that is not known."""
@@ -238,24 +178,9 @@ class NetworkPush:
         peers = [of.peer for of in self._problems if of.peer >= first]
         return urls[(peers[0] - first) // self._config.rollout.tp] if peers else ""
 
-    def _gather(self, value: bool, what: str) -> list[int]:
-        """As Control's; a broken link to a dead rank does not say whose it is, the store does."""
-        assert self._store is not None
-        self._num_gathers += 1
-        keys = [f"gather/{self._num_gathers}/{rank}" for rank in range(self._group.size())]
-        self._store.set(keys[self._group.rank()], "")
-        try:
-            found = self._control.gather(value, what)
-        except RunError as error:
-            raise RunError(f"{error}; {_who_is_missing(self._store, keys)}") from error
-        if self._num_gathers > 1:  # nobody looks for who came to the one before
-            self._store.delete_key(f"gather/{self._num_gathers - 1}/{self._group.rank()}")
-        return found
-
     def _read_reports(self, urls: list[str], answers: Mapping[str, str], version: int) -> None:
         """Of the workers whose servers are complete; the store keeps none."""
-        store, tp, first = self._store, self._config.rollout.tp, self._shards.layout.world_size
-        assert store is not None
+        store, tp, first = self._ranks.store, self._config.rollout.tp, self._shards.layout.world_size
         for index, url in enumerate(urls):
             for tp_rank in range(tp):
                 key = report_key(self._prefix, version, first + index * tp + tp_rank)
@@ -280,30 +205,3 @@ class NetworkPush:
         if self._transport is not None:
             leave(self._transport)
         self._transport, self._push, self._members = None, None, []
-
-    def _from_first(self, work: Callable[[], Result]) -> Result:
-        return from_first(work, self._group)
-
-
-def _who_is_missing(store: dist.Store, keys: Sequence[str]) -> str:
-    """Of the ranks that set the keys, in order."""
-    missing = []
-    for rank, key in enumerate(keys):
-        try:
-            store.wait([key], timedelta(seconds=_LATE_S))
-        except dist.DistStoreError:
-            missing.append(rank)
-        except RuntimeError:
-            return "rank 0, which has the store, is gone"
-    return f"who has not come is {missing or 'unknown'}"
-
-
-def _problem_of(work: Callable[[], object]) -> _Problem | None:
-    """What its RunError says, whose traceback is gone then, and the group with it."""
-    start = time.monotonic()
-    try:
-        work()
-    except RunError as error:
-        peer = error.__cause__.peer if isinstance(error.__cause__, PeerError) else -1
-        return _Problem(str(error), is_link_error(error), peer, time.monotonic() - start)
-    return None

@@ -20,7 +20,7 @@ from megatron_riskpo.resharding.push import PushReport, ShardSink, WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.transports.base import PeerError
 from megatron_riskpo.resharding.transports.meeting import connect_store
-from megatron_riskpo.rollout import network_push
+from megatron_riskpo.rollout import network_push, push_ranks
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.network_push import NetworkPush
 from megatron_riskpo.rollout.server_client import ServerClient
@@ -86,10 +86,10 @@ def check_open_fails_together(push: NetworkPush, rank: int) -> None:
     def fail(*where: object) -> dist.Store:
         raise RunError("the store is not reached")
 
-    network_push.connect_store = fail  # type: ignore[assignment]
+    push_ranks.connect_store = fail  # type: ignore[assignment]
     with pytest.raises(RunError, match="rank 1: the store is not reached"):
         push.open(["here"] * NUM_RANKS)
-    network_push.connect_store = connect_store
+    push_ranks.connect_store = connect_store
 
 
 def break_push(times: int, cause: PeerError | None) -> None:
