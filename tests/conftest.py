@@ -25,7 +25,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """With parallel workers, which take whole files: first the files that take longest, or one of them would be begun
     last and go on alone."""
     if hasattr(config, "workerinput"):
-        items.sort(key=_expected_share)
+        shares: dict[Path, int] = {}
+        for item in items:
+            shares[item.path] = min(_expected_share(item), shares.get(item.path, 2))
+        items.sort(key=lambda item: shares[item.path])  # those of a file stay in their order
 
 
 def _expected_share(item: pytest.Item) -> int:

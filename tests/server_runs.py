@@ -35,12 +35,11 @@ def server_config(model: Path, *, server: dict[str, Any] | None = None, **rollou
 
 
 @contextlib.contextmanager
-def running_server(config: TrainConfig, folder: Path, index: int = 0) -> Iterator[ServerProcess]:
-    """One `riskpo serve`, healthy."""
-    process = ServerProcess(config, index, folder)
+def started_server(config: TrainConfig, folder: Path) -> Iterator[ServerProcess]:
+    """One `riskpo serve`, which is not healthy yet."""
+    process = ServerProcess(config, 0, folder)
     process.start()
     try:
-        process.wait()
         yield process
     finally:
         signal_group(process, signal.SIGCONT)

@@ -1,6 +1,7 @@
 """Real `riskpo serve` processes (vLLM on the CPU) against transformers and the in-process engine.
 
-One server, started once, serves most tests. Not tested here: several machines, a GPU.
+One server, started once, serves most tests, and one of two workers starts beside it. Not tested here: several
+machines, a GPU.
 """
 
 import contextlib
@@ -33,11 +34,11 @@ from tests.rollout.fake_server import fake_server
 from tests.rollout.shard_server import ShardServer
 from tests.server_runs import (
     exporter,
-    running_server,
     server_config,
     server_engine,
     shards_of,
     signal_group,
+    started_server,
     with_urls,
 )
 from tests.tiny_models import hf_token_logprobs, load_hf, make_tiny_qwen2
@@ -58,14 +59,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with running_server(server_config(models["a"]), tmp_path_factory.mktemp("server")) as process:
-        yield process
+def servers(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, ServerProcess]]:
+    """By the fixture that waits for it; all that any test asks for start at once, since each takes its time."""
+    tests = [item for item in request.session.items if item.path == request.path]
+    asked = {name for test in tests for name in test.fixturenames}  # type: ignore[attr-defined]
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(started_server(server_config(models["a"], tp=tp), tmp_path_factory.mktemp(name)))
+            for name, tp in (("url", 1), ("url_of_two_workers", 2))
+            if name in asked
+        }
 
 
 @pytest.fixture(scope="module")
-def url(server: ServerProcess) -> str:
-    return server.wait()
+def url(servers: dict[str, ServerProcess]) -> str:
+    return servers["url"].wait()
+
+
+@pytest.fixture(scope="module")
+def url_of_two_workers(servers: dict[str, ServerProcess]) -> str:
+    return servers["url_of_two_workers"].wait()
 
 
 @pytest.fixture
@@ -183,18 +198,6 @@ def test_actors_of_two_ranks_push_to_a_server_over_the_network(models, url, tmp_
     check_actors(models["a"], url, 1, tmp_path)
 
 
-@pytest.mark.slow
-def test_actors_of_two_ranks_push_to_two_workers(models, tmp_path):
-    with running_server(server_config(models["a"], tp=2), tmp_path / "server") as server:
-        url = server.wait()
-        check_actors(models["a"], url, 2, tmp_path)
-        call(url, "/init_weight_transfer_engine", {"init_info": {"transport": "file", "options": {"num_tensors": 1}}})
-        for _ in range(2):  # both workers fail, and no answer is left for the next call
-            call(url, "/start_weight_update", {})
-            with pytest.raises(urllib.error.HTTPError, match="500"):
-                call(url, "/update_weights", {"update_info": {"content": {}}})
-
-
 def test_samples_are_those_of_the_engine_in_process(engine, models):
     engine.update_weights(exporter(models["b"])(), 1)
     served = engine.generate(PROMPTS, SAMPLING, SEEDS)
@@ -300,18 +303,30 @@ def test_wrong_prompts_are_refused_before_they_are_sent(engine, models):
         engine.submit([[96]], SAMPLING, [0])
 
 
-def test_a_stopped_server_ends_the_run_in_bounded_time_and_may_come_back(models, server, url, tmp_path):
+@pytest.mark.slow
+def test_actors_of_two_ranks_push_to_two_workers(models, url_of_two_workers, tmp_path):
+    """Here, and not earlier: the server has had time to start while others were tested."""
+    url = url_of_two_workers
+    check_actors(models["a"], url, 2, tmp_path)
+    call(url, "/init_weight_transfer_engine", {"init_info": {"transport": "file", "options": {"num_tensors": 1}}})
+    for _ in range(2):  # both workers fail, and no answer is left for the next call
+        call(url, "/start_weight_update", {})
+        with pytest.raises(urllib.error.HTTPError, match="500"):
+            call(url, "/update_weights", {"update_info": {"content": {}}})
+
+
+def test_a_stopped_server_ends_the_run_in_bounded_time_and_may_come_back(models, servers, url, tmp_path):
     config = with_urls(server_config(models["a"], server={"health_timeout_s": 2.0}), url)
     with single_rank(), server_engine(config, tmp_path, exporter(models["a"])) as engine:
         engine.update_weights(exporter(models["a"])(), 0)
         expected = engine.generate(PROMPTS, SAMPLING, SEEDS)
         pending = engine.submit(PROMPTS, SAMPLING, SEEDS)
-        signal_group(server, signal.SIGSTOP)
+        signal_group(servers["url"], signal.SIGSTOP)
         started = time.monotonic()
         with pytest.raises(RunError, match="no rollout server is left: none is healthy"):
             engine.collect(pending)
         assert time.monotonic() - started < 20
-        signal_group(server, signal.SIGCONT)
+        signal_group(servers["url"], signal.SIGCONT)
         engine.update_weights(exporter(models["a"])(), 1)
         assert torch.equal(engine.generate(PROMPTS, SAMPLING, SEEDS).tokens, expected.tokens)
 
