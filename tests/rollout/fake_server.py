@@ -51,12 +51,14 @@ class FakeServer:
     """Paths of the others, but health checks."""
     busiest: int = 0
     """Most generate calls at a time."""
+    is_told: bool = False
+    """How weights will come."""
     url: str = ""
     _busy: int = 0
 
     def restart(self) -> None:
         """It crashed and is back at its address, with weights of its own."""
-        self.version = "default"
+        self.version, self.is_told = "default", False
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         while self.silent:
@@ -72,6 +74,9 @@ class FakeServer:
         if request.path == "/v1/models":
             return web.json_response({"data": [{"root": self.model, "max_model_len": self.max_model_len}]})
         self.calls.append(request.path)
+        self.is_told |= request.path == "/init_weight_transfer_engine"
+        if request.path == "/start_weight_update" and not self.is_told:
+            return web.json_response({"error": {"message": "it was not said how weights come"}}, status=500)
         await asyncio.sleep(self.call_delay_s)
         body = await request.json() if request.can_read_body else {}
         if request.path == "/weight_info":

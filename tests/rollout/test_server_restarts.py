@@ -25,10 +25,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_qwen2(tmp_path_factory.mktemp("models") / "a", tied=True, seed=0)
 
 
-@pytest.fixture(params=["file", "network"])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeServer]:
+@pytest.fixture(params=["file", "network", "shared_memory"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def server(transport: str, tmp_path: Path) -> Iterator[FakeServer]:
     """The only one."""
-    played = FakeServer() if request.param == "file" else ShardServer(tmp_path, {}, tp=1)
+    played = ShardServer(tmp_path, {}, tp=1) if transport == "network" else FakeServer()
     with fake_server(played) as server:
         if isinstance(server, ShardServer):
             server.compares = False
@@ -41,14 +46,11 @@ def lines() -> list[str]:
 
 
 @pytest.fixture
-def engine(server: FakeServer, model: Path, tmp_path: Path, lines: list[str]) -> Iterator[ServerEngine]:
+def engine(server: FakeServer, transport: str, model: Path, tmp_path: Path, lines: list[str]) -> Iterator[ServerEngine]:
     """Whose health checks notice nothing: the servers' absence is shorter."""
-    is_network = isinstance(server, ShardServer)
-    config = with_urls(
-        server_config(model, server={"transport": "network" if is_network else "file", "health_timeout_s": 60.0}),
-        server.url,
-    )
-    shards = shards_of(model) if is_network else None
+    options = {"transport": transport, "health_timeout_s": 60.0}
+    config = with_urls(server_config(model, server=options), server.url)
+    shards = shards_of(model)
     with single_rank(), server_engine(config, tmp_path, exporter(model), lines, shards) as engine:
         yield engine
 
