@@ -74,9 +74,8 @@ class ServerUpdate:
             async with asyncio.timeout(self._timeout_s):
                 await work(client)
         except TimeoutError as error:
-            raise ServerError(
-                f"{client.url} did not {what} within server.push_timeout_s = {self._timeout_s:g} s"
-            ) from error
+            late = f"did not {what} within {self._timeout_s:g} s (server.push_timeout_s)"
+            raise ServerError(f"{client.url} {late}") from error
 
 
 class FilePush(ServerUpdate):

@@ -82,7 +82,7 @@ def test_what_fails_is_given_up_and_the_other_gets_the_weights(tmp_path: Path, l
                        for url, server in zip(urls, servers, strict=True)]  # fmt: skip
             for server in servers:
                 if server.client.url not in update.failed:
-                    server.admit()
+                    server.admit(version)
             for tensor in shards.parameters.values():
                 tensor += 1
         loop.run(session.close())
