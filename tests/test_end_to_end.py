@@ -88,6 +88,7 @@ def test_a_run_on_a_server_is_the_colocated_one_also_where_the_server_is_killed(
     assert process.returncode == 0, output[-4000:]
     assert "rollout server given up: http://127.0.0.1:" in output
     assert "rollout server 0 is started again (2 more times at most)" in output
+    assert "through files" not in output  # but through shared memory, as where servers are the run's own
     whole, served = metrics(folder, "vllm-whole"), metrics(folder, "served")
     assert [row["reward/mean"] for row in served[1:]] == [row["reward/mean"] for row in whole[1:]]
     assert max(row["mismatch/logprob_abs_mean"] for row in served[1:]) < 1e-5

@@ -1,5 +1,6 @@
 """Agreement of all ranks around a push, with a deadline that names who is missing."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -34,7 +35,11 @@ class Control:
 
     def agree(self, value: int, phase: str) -> None:
         """RunError on every rank unless all give the same value."""
-        values = self.gather(value, phase)
-        if len(set(values)) > 1:
-            shown = ", ".join(f"rank {rank}: {found}" for rank, found in enumerate(values[:8]))
-            raise RunError(f"weight push: the ranks do not agree on {phase} ({shown})")
+        refuse_differences(self.gather(value, phase), phase)
+
+
+def refuse_differences(values: Sequence[int], phase: str) -> None:
+    """RunError unless the ranks' values are the same."""
+    if len(set(values)) > 1:
+        shown = ", ".join(f"rank {rank}: {found}" for rank, found in enumerate(values[:8]))
+        raise RunError(f"weight push: the ranks do not agree on {phase} ({shown})")

@@ -12,7 +12,7 @@ from megatron_riskpo.config import BridgeConfig
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.golden import GoldenCopy
 from megatron_riskpo.resharding.layout_check import Placement
-from megatron_riskpo.resharding.peer_parameters import share_among
+from megatron_riskpo.resharding.peer_parameters import VERSION_PHASE, share_among
 from megatron_riskpo.resharding.placements import checked_placements, expected_numbers
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.pull import WeightPull
@@ -59,9 +59,10 @@ class InProcessPush:
 
     def run(self, version: int) -> None:
         """Bring the engine to the actor's weights. RunError leaves it unusable."""
-        if self._peers is not None:
-            self._peers.own.ready()
-        self._control.agree(version, "the version of the weights")
+        if self._peers is None:
+            self._control.agree(version, VERSION_PHASE)
+        else:
+            self._peers.own.agree(self._control, version)
         self._engine.update_shards(
             self.sink, lambda: self._move(version), version,
             lambda found: self._control.agree(found, "the version that the engines hold"),

@@ -5,15 +5,20 @@ Host memory is shared as nameless files, a GPU's by CUDA IPC.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.control import Control, refuse_differences
 from megatron_riskpo.resharding.transports import cuda_ipc, shared_memory
 
+VERSION_PHASE = "the version of the weights"
+_MOVED = -(2**31)
+_OTHER_FILES = 64
+"""Files that a rank may yet open for other things."""
 Parameters = Mapping[str, Tensor]
 """By their names in the family's table."""
 
@@ -22,7 +27,8 @@ class SharedParameters:
     """This rank's own, which others may read as long as this object lives."""
 
     def __init__(self, parameters: Parameters) -> None:
-        """Host memory is moved into shared memory, in place: look whether there are `bytes_to_share` before."""
+        """Host memory is moved into shared memory, in place; there has to be room for it (`share_with_all`). Raises
+        RunError where it cannot be moved."""
         self._parameters = parameters
         storages = _storages(parameters)
         on_gpu = next(iter(parameters.values())).is_cuda
@@ -34,21 +40,17 @@ class SharedParameters:
         """What `open_parameters` takes; JSON-able."""
         self._addresses = [tensor.data_ptr() for tensor in parameters.values()]
 
-    def ready(self) -> None:
-        """To be called before others read. RunError where a parameter is not where they will look for it."""
+    def agree(self, control: Control, version: int) -> None:
+        """Before others read: RunError, on every rank, where a rank's parameters are not where the others look for
+        them, or of another version. Collective."""
         tensors = list(self._parameters.values())
-        if [tensor.data_ptr() for tensor in tensors] != self._addresses:
-            raise RunError("a parameter of the actor was moved in memory since rollout engines were told where it is")
         synchronize(tensors[0].device)
-
-
-def bytes_to_share(parameters: Parameters) -> int:
-    """Of shared memory that SharedParameters takes."""
-    return sum(
-        storage.nbytes()
-        for storage in _storages(parameters).values()
-        if storage.device.type == "cpu" and not storage.is_shared()
-    )
+        are_in_place = [tensor.data_ptr() for tensor in tensors] == self._addresses
+        found = control.gather(version if are_in_place else _MOVED, VERSION_PHASE)
+        moved = [rank for rank, value in enumerate(found) if value == _MOVED]
+        if moved:
+            raise RunError(f"weight push: ranks {moved} have moved parameters since they said where they are")
+        refuse_differences(found, VERSION_PHASE)
 
 
 def open_parameters(record: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -99,34 +101,65 @@ class PeerParameters:
     of_rank: dict[int, Parameters]
 
 
-def obstacle_to_sharing(parameters: Parameters, group: dist.ProcessGroup) -> str:
-    """Why the ranks' parameters cannot be shared on their machine, the same on all ranks; empty: they can.
-    Collective."""
+def share_with_all(
+    parameters: Parameters, group: dist.ProcessGroup
+) -> tuple[SharedParameters, list[Mapping[str, Any]]]:
+    """This rank's, and every rank's record. Raises RunError, the same on every rank, where they are not on one machine,
+    or it has no room. Collective."""
+    if obstacle := _obstacle(parameters, group):
+        raise RunError(obstacle)
     found: list[Any] = [None] * group.size()
-    own = (shared_memory.machine(), bytes_to_share(parameters), shared_memory.room())
+    own, problem = None, ""
+    try:
+        own = SharedParameters(parameters)
+    except RunError as error:
+        problem = f"rank {group.rank()}: {error}"
+    dist.all_gather_object(found, (own and own.record, problem), group=group)
+    if problems := [problem for _, problem in found if problem]:
+        raise RunError(problems[0])
+    assert own is not None
+    return own, [record for record, _ in found]
+
+
+def _obstacle(parameters: Parameters, group: dist.ProcessGroup) -> str:
+    """Why the ranks' parameters cannot be shared on their machine, the same on all ranks; empty: they can."""
+    storages = [storage for storage in _storages(parameters).values() if _is_to_be_moved(storage)]
+    size = sum(storage.nbytes() for storage in storages)
+    left = shared_memory.open_files_left() - _OTHER_FILES
+    found: list[Any] = [None] * group.size()
+    own = (shared_memory.machine(), size, shared_memory.room(), len(storages), left)
     dist.all_gather_object(found, own, group=group)
-    machines, needed, free = {machine for machine, _, _ in found}, sum(size for _, size, _ in found), found[0][2]
-    if len(machines) > 1:
-        return f"the ranks are on {len(machines)} machines"
-    if needed > free:
+    machines, sizes, rooms, *_ = zip(*found, strict=True)
+    if len(set(machines)) > 1:
+        return f"the ranks are on {len(set(machines))} machines"
+    if sum(sizes) > min(rooms):
         return (
-            f"the weights take {needed / 2**20:.0f} MiB of shared memory, {free / 2**20:.0f} MiB are free in /dev/shm "
-            "(containers: --shm-size)"
+            f"the weights take {sum(sizes) / 2**20:.0f} MiB of shared memory, {min(rooms) / 2**20:.0f} MiB are free in "
+            "/dev/shm (containers: --shm-size; a server that a killed run has pushed to keeps its weights there until "
+            "the next push, or its end)"
         )
+    for _, _, _, needed, allowed in found:
+        if needed > allowed:
+            return f"the weights take {needed} open files, and {max(0, allowed)} are left (ulimit -n)"
     return ""
 
 
+def _is_to_be_moved(storage: torch.UntypedStorage) -> bool:
+    return storage.device.type == "cpu" and not storage.is_shared()
+
+
 def share_among(parameters: Parameters, group: dist.ProcessGroup) -> PeerParameters | None:
-    """For CPU tensors; None, on all ranks, where there is an obstacle, or they do not see each other's memory.
+    """For CPU tensors; None, on all ranks, where they cannot be shared, or one does not see another's memory.
     Collective."""
-    if obstacle_to_sharing(parameters, group):
+    try:
+        own, records = share_with_all(parameters, group)
+    except RunError:
         return None
-    own, found = SharedParameters(parameters), [None] * group.size()
-    dist.all_gather_object(found, own.record, group=group)
+    found: list[Any] = [None] * group.size()
     peers: dict[int, Parameters] | None
     try:
         others = [rank for rank in range(group.size()) if rank != group.rank()]
-        peers = {rank: open_parameters(cast(Any, found[rank]), torch.device("cpu")) for rank in others}
+        peers = {rank: open_parameters(records[rank], torch.device("cpu")) for rank in others}
     except RunError:
         peers = None
     dist.all_gather_object(found, peers is not None, group=group)

@@ -22,8 +22,10 @@ class WeightPull:
     def __init__(self, plan: RankPlan, peers: Mapping[int, Parameters], *, with_checksums: bool = False) -> None:
         """`peers`: the parameters of each rank of the actor, this one's too."""
         self.plan = plan
+        self.rounds = make_rounds(plan)
         self._peers = peers
         self._with_checksums = with_checksums
+        self._device = next(iter(next(iter(peers.values())).values())).device
 
     @torch.no_grad()
     def run(self, sink: ShardSink, version: int) -> PushReport:
@@ -31,12 +33,13 @@ class WeightPull:
         checksums RunError where what arrived is not what the source holds."""
         start = time.perf_counter()
         rank, plan = self.plan.rank, self.plan
-        for step in make_rounds(plan):
+        for step in self.rounds:
             where = f"weight push of version {version}: rank {rank}, round {step.number}"
             checked = where if self._with_checksums else ""
-            copy_slices(step.local, self._peers[rank], sink, rank, checked) if step.local else None
+            if step.local:
+                copy_slices(step.local, self._peers[rank], sink, rank, checked)
             for message in step.receives:
                 copy_slices(message.parts, self._peers[message.peer], sink, message.peer, checked)
-        synchronize(next(iter(self._peers[0].values())).device)
+        synchronize(self._device)
         moved = plan.num_bytes(plan.remote)
         return PushReport(time.perf_counter() - start, moved, plan.num_bytes(plan.receives) - moved, 0)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -49,7 +48,6 @@ class Round:
         return sum(message.numel for message in (*self.sends, *self.receives))
 
 
-@lru_cache(maxsize=2)  # one for the size of its buckets, one for the push
 def make_rounds(plan: RankPlan) -> tuple[Round, ...]:
     """In the order in which they run."""
     own, remote = plan.receives[plan.receives["source"] == plan.rank], plan.remote

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_servers import transport_of
-from megatron_riskpo.errors import RunError
+from megatron_riskpo.errors import RiskpoError, RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.memory_push import MemoryPush
@@ -46,12 +46,13 @@ def planned_push(
     transport, is_own_choice = transport_of(config), config.server.transport == "auto"
     if transport == "network":
         return NetworkPush(config, shards, group, loop)
-    # CUDA IPC has not run yet: nobody gets it who has not asked for it.
-    if transport == "file" or (is_own_choice and shards.example.is_cuda):
+    if transport == "file":
         return None
     try:
+        if is_own_choice and shards.example.is_cuda:
+            raise RunError('CUDA IPC has not been tried out yet (server.transport = "shared_memory" does)')
         return MemoryPush(config, shards, group, loop)
-    except RunError as error:
+    except RiskpoError as error:
         if not is_own_choice:
             raise
         log(f"weights go to the servers through files: {error}")

@@ -26,6 +26,7 @@ from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
 from megatron_riskpo.rollout.asked import Asked, ask, outcomes
 from megatron_riskpo.rollout.attendance import Attendance
 from megatron_riskpo.rollout.carried import go_on_from, packed
+from megatron_riskpo.rollout.first_rank import from_first
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.planned_push import PlannedPush, planned_push
 from megatron_riskpo.rollout.prompt_checks import check_prompts
@@ -61,8 +62,6 @@ class PushOutcome:
 
     urls: list[str]
     """Servers that have the weights."""
-    failed: dict[str, str]
-    """The others that were tried, and why not."""
     error: str = ""
     """Ends the run."""
 
@@ -259,7 +258,7 @@ class ServerEngine:
 
     def _push(self, weights: Weights, version: int) -> PushOutcome:
         """Rank 0 makes the calls, the others take part in the export, or send as well."""
-        outcome = [PushOutcome([], {})]
+        outcome = [PushOutcome([])]
         if self._planned is not None:
             update = self._planned.run(self._candidates, version)
             if self._fleet is not None and update is not None:
@@ -293,7 +292,7 @@ class ServerEngine:
             for _ in weights:
                 pass
         if push is None:
-            return PushOutcome([], {}, error)
+            return PushOutcome([], error)
         if error:
             self._loop.run(push.abandon())
         return self._outcome(fleet, push, error)
@@ -306,7 +305,7 @@ class ServerEngine:
         urls = [server.client.url for server in update.alive]
         if not urls and not error and not fleet.has_processes:
             error = f"no rollout server is left: {'; '.join(update.failed.values()) or 'none is healthy'}"
-        return PushOutcome(urls, update.failed, error)
+        return PushOutcome(urls, error)
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Teacher-forced log-probs at temperature 1, as ScoringEngine, of one server: another one for each rank and
@@ -334,10 +333,8 @@ class ServerEngine:
 
     def _agree_on(self, error: str) -> None:
         """Raise rank 0's error on every rank; collective."""
-        shared = [error]
-        dist.broadcast_object_list(shared, group=self._group, group_src=0)
-        if shared[0]:
-            raise RunError(shared[0])
+        if error := from_first(lambda: error, self._group):
+            raise RunError(error)
 
 
 def _say_nothing(message: str) -> None:

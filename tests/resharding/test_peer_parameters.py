@@ -1,21 +1,18 @@
 """Parameters that another process reads where they lie, and what it says where it cannot. Not tested here: a GPU."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_riskpo.errors import RunError
-from megatron_riskpo.resharding.peer_parameters import (
-    SharedParameters,
-    bytes_to_share,
-    open_parameters,
-    share_among,
-)
+from megatron_riskpo.resharding.control import Control
+from megatron_riskpo.resharding.peer_parameters import SharedParameters, open_parameters, share_among, share_with_all
 from megatron_riskpo.resharding.transports import shared_memory
 from tests.vllm_engines import single_rank
 
@@ -41,10 +38,7 @@ def parameters() -> dict[str, torch.Tensor]:
 
 def test_another_process_sees_them_as_they_are_now():
     own = parameters()
-    assert bytes_to_share(own) == 12 * 4 + 2 * 2
     shared = SharedParameters(own)
-    assert bytes_to_share(own) == 0
-    shared.ready()
     with subprocess.Popen([sys.executable, "-c", READER], stdin=-1, stdout=-1, text=True) as reader:
         assert reader.stdin is not None
         assert reader.stdout is not None
@@ -62,11 +56,12 @@ def test_another_process_sees_them_as_they_are_now():
 
 def test_a_parameter_that_was_moved_is_noticed():
     own = {name: torch.nn.Parameter(tensor.detach()) for name, tensor in parameters().items()}
-    shared = SharedParameters(own)
-    shared.ready()
-    own["bias"].data = own["bias"].data.clone()
-    with pytest.raises(RunError, match="was moved in memory"):
-        shared.ready()
+    with single_rank():
+        shared, control = SharedParameters(own), Control(dist.group.WORLD, 30)  # type: ignore[arg-type]
+        shared.agree(control, version=3)
+        own["bias"].data = own["bias"].data.clone()
+        with pytest.raises(RunError, match=r"ranks \[0\] have moved parameters"):
+            shared.agree(control, version=4)
 
 
 def test_what_is_out_of_reach_is_refused():
@@ -94,14 +89,45 @@ def test_they_cannot_be_written_through():
     assert ended.returncode < 0  # SIGSEGV, of the reader
 
 
-@pytest.mark.parametrize("reason", ["", "missing", "full"])
-def test_without_room_none_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+def test_others_of_the_same_user_may_open_it():
+    shared = SharedParameters(parameters())
+    handle = shared.record["storages"][0]
+    assert shared_memory.is_open_to_others(handle)
+    assert not shared_memory.is_open_to_others(handle | {"descriptor": 10**6})
+
+
+OBSTACLES = {
+    "missing": ("_MEMORY", "/none", "0 MiB of shared memory, 0 MiB are free in /dev/shm"),
+    "full": ("room", lambda: 51, "of shared memory, 0 MiB are free in /dev/shm"),
+    "files": ("open_files_left", lambda: 65, "the weights take 2 open files, and 1 are left"),
+}
+
+
+@pytest.mark.parametrize("reason", ["", *OBSTACLES])
+def test_without_room_none_are_shared(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     own = parameters()
-    if reason == "missing":
-        monkeypatch.setattr(shared_memory, "_MEMORY", str(tmp_path / "none"))
-    elif reason == "full":
-        monkeypatch.setattr(shared_memory, "room", lambda: 51)
+    if reason:
+        name, value, message = OBSTACLES[reason]
+        monkeypatch.setattr(shared_memory, name, value)
     with single_rank():
         found = share_among(own, dist.group.WORLD)  # type: ignore[arg-type]
+        if reason:
+            with pytest.raises(RunError, match=message):
+                share_with_all(own, dist.group.WORLD)  # type: ignore[arg-type]
     assert (found is None) == bool(reason)
     assert own["scale"].untyped_storage().is_shared() != bool(reason)
+
+
+def test_sharing_that_fails_in_the_middle_is_said_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    own = {str(number): torch.ones(3) for number in range(8)}
+    with single_rank():
+        monkeypatch.setattr(shared_memory, "open_files_left", lambda: 100)  # so it was, when it was asked
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, limits[1]))
+        try:
+            with pytest.raises(
+                RunError, match=r"rank 0: weights cannot be moved into shared memory: .*[Tt]oo many open"
+            ):
+                share_with_all(own, dist.group.WORLD)  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)

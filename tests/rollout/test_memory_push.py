@@ -5,6 +5,7 @@ Processes, HTTP and memory are real; vLLM's part is played (shard_server.py). Wi
 test_server_engine.py. Not tested here: a GPU.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ from megatron_riskpo.rollout.server_pool import Server
 from tests.resharding.fault_ranks import MODEL
 from tests.resharding.whole_model import actor_parameters
 from tests.rollout import shard_server
-from tests.rollout.shard_server import RESTART, TP
+from tests.rollout.fake_server import fake_server
+from tests.rollout.shard_server import RESTART, TP, ShardServer
 from tests.rollout.test_network_push import processes, url_of
 from tests.vllm_engines import single_rank
 
@@ -117,7 +119,7 @@ def test_where_memory_cannot_be_shared_auto_takes_files_and_says_so(
     assert expected in line
 
 
-def gather_two_machines(found: list[Any], own: tuple[str, int, int], group: object) -> None:
+def gather_two_machines(found: list[Any], own: tuple[Any, ...], group: object) -> None:
     """As of two ranks."""
     found[:] = [("a", *own[1:]), ("b", *own[1:])]
 
@@ -131,3 +133,19 @@ def test_the_weights_stay_where_optimizers_look(loop: LoopThread) -> None:
         view += 1
         assert torch.equal(view, shards.parameters[name].view(-1))
         assert view.is_shared()
+
+
+def test_servers_that_go_on_let_the_weights_go_at_the_end(tmp_path: Path, loop: LoopThread) -> None:
+    config = config_of()
+    with fake_server(ShardServer(tmp_path, {})) as server, single_rank():
+        config = dataclasses.replace(
+            config, rollout=RolloutConfig(placement="server", server_urls=(server.url,), tp=TP)
+        )
+        session = loop.run(open_session())
+        push = MemoryPush(config, shards_of(), dist.group.WORLD, loop)  # type: ignore[arg-type]
+        push.leave()
+        assert "/shutdown_weight_transfer_engine" not in server.calls
+        push.run(lambda: [Server(ServerClient(server.url, session))], version=0)
+        push.leave()
+        assert server.calls[-1] == "/shutdown_weight_transfer_engine"
+        loop.run(session.close())

@@ -66,7 +66,7 @@ def test_a_setting_that_fails_is_a_result(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_another_process_gets_the_weights(tmp_path: Path) -> None:
     report = run_script("bridge.py", "--repeats", "2", "--bucket-mib", "0.5", output=tmp_path / "bridge.json")
-    assert report["weights_are_the_same"]
+    assert report["pull"]["weights_are_the_same"]
     hidden, mlp, layers, vocab, key_values = 128, 256, 2, 512, 2 * 2 * 32
     numbers = layers * (hidden * (2 * hidden + key_values + 3 * mlp + 2) + hidden + key_values) + (vocab + 1) * hidden
     assert report["pull"]["bytes"] == 2 * numbers
