@@ -163,7 +163,8 @@ class ServerConfig:
     """How weights reach the servers. file: whole tensors, gathered on rank 0, through a folder that the servers see;
     network: each worker gets its shard from all ranks at once, over a process group of ranks and workers;
     shared_memory: each worker reads its shard where the ranks of its machine have it (on GPUs by CUDA IPC). auto: file
-    where transfer_dir is given, else network for rollout.server_urls, else shared_memory where it can be, or file."""
+    where transfer_dir is given, else network for rollout.server_urls, else shared_memory on CPUs where it can be, or
+    file."""
     transfer_dir: str = ""
     """The folder of transport = "file", which the servers must see under the same name; empty: memory of this machine
     (/dev/shm, where there is one)."""

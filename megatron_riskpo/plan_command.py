@@ -37,9 +37,11 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     config, hf_config, world_size = _checked(args, overrides)
     _check_flags(args, world_size)
     if args.bridge:
-        from megatron_riskpo.resharding.plan_text import bridge_text, planned_layout
+        from megatron_riskpo.resharding.plan_text import bridge_text, planned_layout, remark
 
         print(bridge_text(planned_layout(config, hf_config, world_size, args.gpus_per_node), args.rank))
+        if said := remark(config):
+            print(said)
         return 0
     if args.dry_run:
         return _dry_run(args, config, hf_config, world_size)

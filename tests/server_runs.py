@@ -61,7 +61,7 @@ def server_engine(
     lines: list[str] | None = None,
     shards: ActorShards | None = None,
 ) -> Iterator[ServerEngine]:
-    """`lines` gets what the engine says; with `shards` weights go over the network."""
+    """`lines` gets what the engine says; with `shards` weights go by plan."""
     said = [] if lines is None else lines
     engine = ServerEngine(
         config,

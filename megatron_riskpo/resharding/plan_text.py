@@ -41,6 +41,18 @@ def planned_layout(config: TrainConfig, hf_config: Mapping[str, Any], world_size
     return BridgeLayout.colocated(hf_config, config.actor, world_size, rollout.tp, item_size, mib, node_size)
 
 
+def remark(config: TrainConfig) -> str:
+    """Where the configuration alone does not say whether the plan is used."""
+    if config.rollout.placement == "colocated" or config.server.transport != "auto":
+        return ""
+    if transport_of(config) != "shared_memory":
+        return ""
+    return (
+        'server.transport = "auto": on CPUs weights go by this plan, on GPUs through files; "network" or '
+        '"shared_memory" takes the plan there, too'
+    )
+
+
 def summary(layout: BridgeLayout) -> list[str]:
     """The whole plan: a line a rank, the first ones."""
     actor, rollout, schedule = layout.actor, layout.rollout, make_schedule(layout)

@@ -48,6 +48,13 @@ def test_servers_have_ranks_after_the_actors(config, capsys):
     assert sum(received[4:]) == pytest.approx(sum(sent[:4]), abs=0.05)
 
 
+def test_a_plan_that_gpus_do_not_follow_says_so(config, capsys):
+    own = ["--gpus", "4", str(config), "--rollout.placement", "server"]
+    for transport, is_said in (("auto", True), ("shared_memory", False)):
+        assert main(["plan", "--bridge", *own, "--server.transport", transport]) == 0
+        assert ("on GPUs through files" in capsys.readouterr().out.splitlines()[-1]) == is_said
+
+
 def test_the_transfers_of_a_rank(config, capsys):
     assert main(["plan", "--bridge", "--rank", "1", str(config)]) == 0
     out = capsys.readouterr().out

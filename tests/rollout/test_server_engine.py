@@ -194,7 +194,7 @@ def shard_bytes(model: Path, tp: int, rank: int) -> int:
     return split + vocab[rank * rows : (rank + 1) * rows].nbytes
 
 
-def test_actors_of_two_ranks_push_to_a_server_over_the_network(models, url, tmp_path):
+def test_actors_of_two_ranks_push_to_a_server_by_plan(models, url, tmp_path):
     check_actors(models["a"], url, 1, tmp_path)
 
 
