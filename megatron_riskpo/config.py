@@ -129,6 +129,9 @@ class RolloutConfig:
     is filled up with questions of equal rewards."""
     tp: int = 1
     """Ranks a vLLM engine (tensor parallel); the world is split into world_size / tp engines."""
+    expert_parallel: bool = False
+    """Deal a mixture's experts out over the `tp` ranks of an engine, each whole; else every expert is split over them
+    (vLLM's enable_expert_parallel)."""
     max_num_seqs: int = 256
     """Sequences decoded at a time by one vLLM engine."""
     kv_cache_gib: float = 0.25

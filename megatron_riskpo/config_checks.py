@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_riskpo.actor.flops import num_experts
 from megatron_riskpo.config import PROBE_LENGTH, DataConfig, TrainConfig
 from megatron_riskpo.config_batches import dynamic_sampling, mini_batches, sft_batch
 from megatron_riskpo.config_bounds import out_of_bounds
-from megatron_riskpo.config_layout import LAYOUT_RULES, mlp_columns
+from megatron_riskpo.config_layout import LAYOUT_RULES, engine_experts, mlp_columns
 from megatron_riskpo.config_rules import Rule, Setup, multiples, no_divisor, undivided
 from megatron_riskpo.config_servers import SERVER_RULES, sleep_device, transfer_dir
 from megatron_riskpo.config_sft import ModelShapeConfig, SftConfig
@@ -163,8 +164,8 @@ def engine_split(setup: Setup) -> str | None:
     if rollout.placement == "colocated" and setup.world_size % rollout.tp:
         return no_divisor("rollout.tp", rollout.tp, setup.world_size, "ranks")
     # vLLM copies key-value heads where there are fewer than ranks.
-    sizes = {"attention heads": setup.model["num_attention_heads"], **mlp_columns(setup.model)}
-    return undivided("rollout.tp", rollout.tp, sizes)
+    split = {} if rollout.expert_parallel and num_experts(setup.model) else mlp_columns(setup.model)
+    return undivided("rollout.tp", rollout.tp, {"attention heads": setup.model["num_attention_heads"], **split})
 
 
 def algorithm(setup: Setup) -> str | None:
@@ -312,6 +313,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
     engine_layout,
     engine_split,
+    engine_experts,
     *SERVER_RULES,
     *WAIT_RULES,
     lengths,
@@ -333,7 +335,7 @@ MACHINE_RULES: tuple[Rule, ...] = (engine_available, transfer_dir, sleep_device)
 
 PLAN_RULES: tuple[Rule, ...] = tuple(rule for rule in TRAIN_RULES if rule not in MACHINE_RULES)
 
-SERVE_RULES: tuple[Rule, ...] = (bounds, engine_split, lengths, engine_available)
+SERVE_RULES: tuple[Rule, ...] = (bounds, engine_split, engine_experts, lengths, engine_available)
 
 SFT_RULES: tuple[Rule, ...] = (
     bounds,

@@ -135,6 +135,31 @@ def expert_ranks(setup: Setup) -> str | None:
     return None
 
 
+def engine_experts(setup: Setup) -> str | None:
+    """vLLM deals experts out in turn: where tp does not divide them, the first ranks have one more."""
+    rollout, experts = setup.config.rollout, num_experts(setup.model)
+    if not rollout.expert_parallel:
+        return None
+    if rollout.engine != "vllm":
+        return (
+            f'rollout.expert_parallel is for vLLM; with rollout.engine = "{rollout.engine}" experts lie as actor.ep '
+            "says: set it to false"
+        )
+    if not experts:
+        return "rollout.expert_parallel = true, but the model has no experts; set it to false"
+    if rollout.tp == 1:
+        return (
+            "rollout.expert_parallel = true needs rollout.tp > 1, over whose ranks experts are dealt out; set it to "
+            "false, or raise rollout.tp"
+        )
+    if rollout.tp > experts:
+        return (
+            f"rollout.expert_parallel = true with rollout.tp = {rollout.tp} leaves ranks without any of the {experts} "
+            f"experts of a layer; use rollout.tp {experts} or less"
+        )
+    return None
+
+
 def world_split(setup: Setup) -> str | None:
     actor = setup.config.actor
     size = actor.tp * actor.cp * actor.pp

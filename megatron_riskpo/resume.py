@@ -21,7 +21,7 @@ FREE_OPTIONS = (
     *("actor.recompute", "actor.offload_optimizer", "actor.offload_gradients"),
     *("rollout.placement", "rollout.servers", "rollout.server_urls"),
     *("rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
-    "rollout.sleep",
+    *("rollout.sleep", "rollout.expert_parallel"),
     *("rewards.workers", "rewards.timeout_s", "rewards.cpu_s", "rewards.memory_gib", "rewards.sandbox_url"),
     *("rewards.max_error_share", "rewards.gold_checks"),
     *("mismatch.abort_above", "optimizer.max_skipped_steps"),

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_checks import TRAIN_RULES, check_train, problems
+from megatron_riskpo.config_checks import PLAN_RULES, TRAIN_RULES, check_train, problems
 from megatron_riskpo.config_io import load_config
 from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.errors import UsageError
@@ -68,6 +68,40 @@ def test_experts_need_ranks_that_they_divide_over(overrides, world_size: int, me
     with pytest.raises(UsageError) as caught:
         check_train(config, world_size, MOE)
     assert message in str(caught.value)
+
+
+WHOLE_EXPERTS = ("--rollout.engine", "vllm", "--rollout.expert_parallel", "true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "message"),
+    [
+        ([], MOE, "rollout.expert_parallel = true needs rollout.tp > 1"),
+        (["--rollout.tp", "4"], MODEL, "rollout.expert_parallel = true, but the model has no experts; set it to false"),
+        (
+            ["--rollout.tp", "4"],
+            MOE | {"num_experts": 3},
+            "ranks without any of the 3 experts of a layer; use rollout.",
+        ),
+        (["--rollout.engine", "megatron"], MOE, 'is for vLLM; with rollout.engine = "megatron" experts lie as actor.e'),
+    ],
+)
+def test_whole_experts_need_vllm_and_ranks_to_deal_them_out_to(overrides, model, message: str, toml) -> None:
+    config = load_config(TrainConfig, toml(), [*BASE, *WHOLE_EXPERTS, *overrides])
+    with pytest.raises(UsageError) as caught:
+        check_train(config, 4, model)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("experts", "width"), [(8, 48), (8, 49), (5, 48), (2, 47)])
+def test_whole_experts_may_have_any_width_and_need_not_divide(experts, width, toml) -> None:
+    model = MOE | {"num_experts": experts, "moe_intermediate_size": width}
+    config = load_config(TrainConfig, toml(), [*BASE, *WHOLE_EXPERTS, "--rollout.tp", "2"])
+    assert list(problems(PLAN_RULES, Setup(config, 2, model))) == []
+    split = load_config(TrainConfig, toml(), [*BASE, *WHOLE_EXPERTS[:2], "--rollout.tp", "2"])
+    found = list(problems(PLAN_RULES, Setup(split, 2, model)))
+    assert [f"{width} columns of an expert" in line for line in found] == [True] * (width % 2)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def model(tmp_path: Path) -> Path:
     ("options", "message"),
     [
         (["--rollout.tp", "3"], "rollout.tp = 3 does not divide the model's 4 attention heads; use 2"),
+        (["--rollout.tp", "2", "--rollout.expert_parallel", "true"], "but the model has no experts; set it to false"),
         (["--data.max_prompt_tokens", "500"], "exceeds the model's max_position_embeddings = 512"),
         (["--rollout.max_num_seqs", "0"], "rollout.max_num_seqs = 0 is out of range"),
         (["--rollout.max_num_seq", "1"], "did you mean rollout.max_num_seqs?"),

@@ -17,6 +17,7 @@ from megatron_riskpo.config import (
 )
 from megatron_riskpo.config_bounds import out_of_bounds
 from megatron_riskpo.config_io import RUN_RECORD, config_of_table, load_model_config
+from megatron_riskpo.config_layout import engine_experts
 from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.config_servers import server_urls
 from megatron_riskpo.errors import UsageError
@@ -31,7 +32,10 @@ IDLE_OPTIONS = (
     "server.transport",
 )
 """Options of these sections that mean nothing here, or that a flag of the command sets."""
-SERVERS_OWN = ("rollout.tp", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "model.dtype")
+SERVERS_OWN = (
+    *("rollout.tp", "rollout.expert_parallel", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
+    "model.dtype",
+)
 """Options of the engine in this process; a server has its own."""
 
 
@@ -69,7 +73,8 @@ def load_options(
     if servers:
         # One process suffices to ask; a run's layout is that of its engine.
         table.get("run", {}).pop("ranks", None)
-        table.get("rollout", {}).pop("tp", None)
+        for name in ("tp", "expert_parallel"):
+            table.get("rollout", {}).pop(name, None)
         table.setdefault("rollout", {})["server_urls"] = list(servers)
     table.setdefault("model", {})["path"] = str(folder)
     table.setdefault("evaluation", {})["num_samples"] = num_samples
@@ -131,4 +136,5 @@ def _problem(config: EvaluateConfig) -> str | None:
         return f"evaluation.temperature = 0 gives {num} times the same answer; use --num-samples 1"
     if ranks and ranks % tp:
         return f"rollout.tp = {tp} does not divide run.ranks = {ranks}; change one of them"
-    return server_urls(Setup(config, ranks, {}))
+    setup = Setup(config, ranks, load_model_config(config.model.path, "--model"))
+    return server_urls(setup) or engine_experts(setup)

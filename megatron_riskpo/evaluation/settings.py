@@ -17,7 +17,7 @@ SECTIONS = ("options", "model", "data", "servers")
 FREE_OPTIONS = (
     *("run.ranks", "run.timeout_s", "rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib"),
     *("rollout.gpu_memory_utilization", "rewards.workers", "rewards.timeout_s", "rewards.max_error_share"),
-    "rewards.gold_checks",
+    *("rewards.gold_checks", "rollout.expert_parallel"),
 )
 """Options that change the speed of an evaluation, not what it asks; so do all of [server]."""
 NUM_BLOCKS, BLOCK_BYTES = 64, 1 << 16

@@ -10,7 +10,7 @@ from megatron_riskpo.planning.activations import ActivationBytes, rank_activatio
 from megatron_riskpo.planning.gpus import CONTEXT_BYTES, ENGINE_WORKSPACE, FRAGMENTATION, GIB, GPUS_A_NODE, Gpu
 from megatron_riskpo.planning.model_size import (
     BYTES,
-    count_parameters,
+    engine_parameters,
     kv_bytes_per_token,
     largest_module,
     largest_tensor,
@@ -131,7 +131,9 @@ def _sync(config: TrainConfig, hf_config: Mapping[str, Any]) -> dict[str, int]:
         # A tensor's pieces and the whole that is made of them; and a bucket of whole ones.
         return {"buckets": bucket + 2 * size * largest_tensor(hf_config)}
     # Modules that are not complete yet have storage of their own: those of a bucket, and what one of them lacks.
-    return {"buckets": 2 * bucket, "modules": bucket + size * largest_module(hf_config) // config.rollout.tp}
+    rollout = config.rollout
+    module = size * largest_module(hf_config, rollout.tp, expert_parallel=rollout.expert_parallel)
+    return {"buckets": 2 * bucket, "modules": bucket + module}
 
 
 def _greater(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
@@ -149,7 +151,7 @@ def engine_bytes(config: TrainConfig, hf_config: Mapping[str, Any], gpu: Gpu) ->
         per_token = kv_bytes_per_token(hf_config, dtype, config.actor.tp) // config.actor.pp
         tokens = rollout.max_num_seqs * max_sequence_length(config)
         return EngineBytes(0, tokens * per_token, 0, tokens)
-    weights = count_parameters(hf_config) * BYTES[dtype] // rollout.tp
+    weights = engine_parameters(hf_config, rollout.tp, expert_parallel=rollout.expert_parallel) * BYTES[dtype]
     share = int(rollout.gpu_memory_utilization * gpu.memory)
     cache = max(0, share - weights - ENGINE_WORKSPACE)
     return EngineBytes(weights, cache, ENGINE_WORKSPACE, cache // kv_bytes_per_token(hf_config, dtype, rollout.tp))

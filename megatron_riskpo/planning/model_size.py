@@ -57,9 +57,23 @@ def largest_tensor(hf_config: Mapping[str, Any]) -> int:
     return hidden * max(hf_config["vocab_size"], 0 if num_experts(hf_config) else width)
 
 
-def largest_module(hf_config: Mapping[str, Any]) -> int:
-    """Numbers in the largest module of vLLM: a table, gate and up of a layer, or all its experts."""
-    return max(largest_tensor(hf_config), layer_parameters(hf_config)[1])
+def _expert_share(hf_config: Mapping[str, Any], tp: int, expert_parallel: bool) -> float:
+    """Of the experts, on the rank of an engine that has most: dealt out whole, some ranks may have one more."""
+    experts = num_experts(hf_config)
+    return -(-experts // tp) / experts if expert_parallel and experts else 1 / tp
+
+
+def engine_parameters(hf_config: Mapping[str, Any], tp: int, *, expert_parallel: bool, chosen: float = 1.0) -> int:
+    """On the rank of an engine that has most; of experts only the share that is `chosen`."""
+    of_experts = hf_config["num_hidden_layers"] * layer_parameters(hf_config)[1]
+    shared = count_parameters(hf_config) - of_experts
+    return round(shared / tp + chosen * of_experts * _expert_share(hf_config, tp, expert_parallel))
+
+
+def largest_module(hf_config: Mapping[str, Any], tp: int, *, expert_parallel: bool) -> int:
+    """Numbers in the largest module on a rank of vLLM: a table, gate and up of a layer, or the rank's experts."""
+    of_experts = layer_parameters(hf_config)[1] * _expert_share(hf_config, tp, expert_parallel)
+    return round(max(largest_tensor(hf_config) / tp, of_experts))
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -10,7 +10,7 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.planning import gpus
 from megatron_riskpo.planning.gpus import Gpu
 from megatron_riskpo.planning.memory import RankMemory
-from megatron_riskpo.planning.model_size import BYTES, count_parameters, kv_bytes_per_token, layer_parameters
+from megatron_riskpo.planning.model_size import BYTES, count_parameters, engine_parameters, kv_bytes_per_token
 from megatron_riskpo.planning.pipeline import bubble_share
 from megatron_riskpo.planning.workload import Workload
 
@@ -121,7 +121,7 @@ def _rollout(shared: _Shared, kv_tokens: int) -> PhaseTime:
     steps = max(sequences * work.mean_response / together, work.longest_response)
     busy = sequences * work.mean_response / steps
     cache = busy * context * kv_bytes_per_token(shared.hf_config, config.model.dtype, tp)
-    reading = (_weights_read(shared, busy) / tp + cache) / (gpu.memory_rate * gpus.MEMORY_SHARE)
+    reading = (_weights_read(shared, busy, tp) + cache) / (gpu.memory_rate * gpus.MEMORY_SHARE)
     flops = ModelFlops.from_hf_config(shared.hf_config)
     products = busy * (flops.per_token + flops.per_target) / tp / (gpu.peak_flops * gpus.PREFILL_SHARE)
     prefill = flops.per_token * work.num_prompts * work.mean_prompt
@@ -135,15 +135,15 @@ def _rollout(shared: _Shared, kv_tokens: int) -> PhaseTime:
     )
 
 
-def _weights_read(shared: _Shared, sequences: float) -> float:
-    """Bytes of weights that decoding one token of so many sequences reads: of experts, those that any of them chose."""
-    hf_config, size = shared.hf_config, BYTES[shared.config.model.dtype]
-    experts, layers = num_experts(hf_config), hf_config["num_hidden_layers"]
-    if not experts:
-        return count_parameters(hf_config) * size
-    of_experts = layers * layer_parameters(hf_config)[1]
-    chosen = 1 - (1 - hf_config["num_experts_per_tok"] / experts) ** sequences
-    return (count_parameters(hf_config) - of_experts * (1 - chosen)) * size
+def _weights_read(shared: _Shared, sequences: float, tp: int) -> float:
+    """Bytes of weights that the fullest of an engine's ranks reads for one token of so many sequences: of experts,
+    those that any of them chose."""
+    hf_config, whole = shared.hf_config, shared.config.rollout.expert_parallel
+    experts, chosen = num_experts(hf_config), 1.0
+    if experts:
+        chosen -= (1 - hf_config["num_experts_per_tok"] / experts) ** sequences
+    size = BYTES[shared.config.model.dtype]
+    return engine_parameters(hf_config, tp, expert_parallel=whole, chosen=chosen) * size
 
 
 def _reward(shared: _Shared) -> PhaseTime:
@@ -208,7 +208,9 @@ def _sync(shared: _Shared) -> PhaseTime:
         return PhaseTime(0.0, "not needed")
     weights = count_parameters(shared.hf_config) * BYTES[config.model.dtype]
     on_servers = config.rollout.placement == "server"
-    moved = weights if on_servers else weights / config.rollout.tp
+    tp, whole = config.rollout.tp, config.rollout.expert_parallel
+    shard = engine_parameters(shared.hf_config, tp, expert_parallel=whole) * BYTES[config.model.dtype]
+    moved = weights if on_servers else shard
     # Into the bucket, out of it, and vLLM's own copy: each read and written.
     parts = {"copies": 6 * moved / (shared.gpu.memory_rate * gpus.MEMORY_SHARE)}
     # Stages lie one after the other over the ranks; within a stage the nearest rank that has a slice gives it.

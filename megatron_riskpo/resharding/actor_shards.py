@@ -41,9 +41,11 @@ class ActorShards:
 
     def layout_options(self, config: TrainConfig, num_servers: int) -> dict[str, Any]:
         """JSON-able, for `served_layout`."""
+        rollout = config.rollout
         return {
-            "hf_config": dict(self.hf_config), "actor": asdict(self.layout), "tp": config.rollout.tp,
-            "servers": num_servers, "item_size": self.example.element_size(), "bucket_mib": config.bridge.bucket_mib,
+            "hf_config": dict(self.hf_config), "actor": asdict(self.layout), "tp": rollout.tp,
+            "expert_parallel": rollout.expert_parallel, "servers": num_servers,
+            "item_size": self.example.element_size(), "bucket_mib": config.bridge.bucket_mib,
             "node_size": torch.cuda.device_count() or self.layout.world_size,
         }  # fmt: skip
 

@@ -31,7 +31,7 @@ class InProcessPush:
         self._actor, self._engine = actor, engine
         grid = actor.grid
         parameters = dict(named_parameters(actor.chunks))
-        self.layout = _layout(actor, engine.tp, config)
+        self.layout = _layout(actor, engine, config)
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout_s))
         self._control = Control(group, config.timeout_s)  # type: ignore[arg-type]
         self._control.agree(_fingerprint(self.layout), "the bridge's layout")
@@ -88,13 +88,14 @@ class InProcessPush:
         self.report = self.push.run(self.sink, version)
 
 
-def _layout(actor: Actor, tp: int, config: BridgeConfig) -> BridgeLayout:
+def _layout(actor: Actor, engine: VllmEngine, config: BridgeConfig) -> BridgeLayout:
     num_ranks = actor.grid.world.size()
     dtype = next(iter(named_parameters(actor.chunks)))[1].dtype
     node_size = torch.cuda.device_count() or num_ranks
     return BridgeLayout.colocated(
-        actor.hf_config, actor.config, num_ranks, tp, dtype.itemsize, config.bucket_mib, node_size
-    )
+        actor.hf_config, actor.config, num_ranks, engine.tp, dtype.itemsize, config.bucket_mib, node_size,
+        expert_parallel=engine.expert_parallel,
+    )  # fmt: skip
 
 
 def _fingerprint(layout: BridgeLayout) -> int:

@@ -37,8 +37,13 @@ def planned_layout(config: TrainConfig, hf_config: Mapping[str, Any], world_size
         )
     if on_servers:
         actor, servers = ActorLayout.of(config.actor, world_size), len(rollout.server_urls) or rollout.servers
-        return BridgeLayout.served(hf_config, actor, rollout.tp, servers, item_size, mib, node_size)
-    return BridgeLayout.colocated(hf_config, config.actor, world_size, rollout.tp, item_size, mib, node_size)
+        return BridgeLayout.served(
+            hf_config, actor, rollout.tp, servers, item_size, mib, node_size, expert_parallel=rollout.expert_parallel
+        )
+    return BridgeLayout.colocated(
+        hf_config, config.actor, world_size, rollout.tp, item_size, mib, node_size,
+        expert_parallel=rollout.expert_parallel,
+    )  # fmt: skip
 
 
 def remark(config: TrainConfig) -> str:
@@ -58,7 +63,7 @@ def summary(layout: BridgeLayout) -> list[str]:
     actor, rollout, schedule = layout.actor, layout.rollout, make_schedule(layout)
     lines = [
         f"actor: {actor.world_size} ranks, tp {actor.tp}, pp {actor.pp}, vp {actor.vp}, cp {actor.cp}, ep {actor.ep}; "
-        f"rollout: {rollout.replicas} engines, tp {rollout.tp}",
+        f"rollout: {rollout.replicas} engines, tp {rollout.tp}{', expert-parallel' * rollout.expert_parallel}",
         f"{layout.num_turns} x {schedule.num_chunks} rounds, of at most {layout.bucket_bytes / 2**20:g} MiB sent and "
         f"received a rank; {sum(len(stream) for stream in schedule.streams)} tensors",
         "rank     receives MiB   from itself   from its node   from others   sends MiB   largest round MiB",

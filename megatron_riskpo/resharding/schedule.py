@@ -37,21 +37,22 @@ class BridgeLayout:
     @classmethod
     def colocated(
         cls, hf_config: Mapping[str, Any], actor: ActorConfig, world_size: int, tp: int, item_size: int,
-        bucket_mib: float, node_size: int,
+        bucket_mib: float, node_size: int, *, expert_parallel: bool = False,
     ) -> "BridgeLayout":  # fmt: skip
         """Engines of `tp` ranks each in the training processes. Raises UsageError for a layout that cannot be."""
+        rollout = RolloutLayout(tp, world_size // tp, expert_parallel)
         return cls(
-            Model.of(hf_config), ActorLayout.of(actor, world_size), RolloutLayout(tp, world_size // tp), item_size,
-            int(bucket_mib * 2**20), node_size,
+            Model.of(hf_config), ActorLayout.of(actor, world_size), rollout, item_size, int(bucket_mib * 2**20),
+            node_size,
         )  # fmt: skip
 
     @classmethod
     def served(
         cls, hf_config: Mapping[str, Any], actor: ActorLayout, tp: int, servers: int, item_size: int,
-        bucket_mib: float, node_size: int,
+        bucket_mib: float, node_size: int, *, expert_parallel: bool = False,
     ) -> "BridgeLayout":  # fmt: skip
         """Servers of `tp` workers each, which are numbered after the actor's ranks. Raises UsageError as above."""
-        rollout = RolloutLayout(tp, servers, first_rank=actor.world_size)
+        rollout = RolloutLayout(tp, servers, expert_parallel, first_rank=actor.world_size)
         return cls(Model.of(hf_config), actor, rollout, item_size, int(bucket_mib * 2**20), node_size)
 
     @property

@@ -91,6 +91,12 @@ class ShardsReceiver:
         dtype = str(engine.model_config.dtype).removeprefix("torch.")
         if options["dtype"] != dtype:
             raise RunError(f"this server has model.dtype = {dtype}, the run {options['dtype']}; set both alike")
+        whole, runs = engine.vllm_config.parallel_config.enable_expert_parallel, options["layout"]["expert_parallel"]
+        if whole != runs:
+            raise RunError(
+                f"this server has rollout.expert_parallel = {str(whole).lower()}, the run that pushes weights "
+                f"{str(runs).lower()}; set both alike"
+            )
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self._receiver = kind(options, rank, size, engine.device)
         self._sink = VllmShardSink(_Reload(engine), expected_numbers(self._receiver.layout, rank))

@@ -25,7 +25,7 @@ _STOP_GRACE_S = 10.0
 _SHARED_OPTIONS = (
     *("run.seed", "model.dtype", "data.max_prompt_tokens", "bridge.verify"),
     *("rollout.max_response_tokens", "rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib"),
-    "rollout.gpu_memory_utilization",
+    *("rollout.gpu_memory_utilization", "rollout.expert_parallel"),
 )
 
 

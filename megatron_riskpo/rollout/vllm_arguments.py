@@ -20,6 +20,7 @@ def engine_arguments(
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "tensor_parallel_size": config.tp,
+        "enable_expert_parallel": config.expert_parallel,
         "load_format": "auto" if load_checkpoint else "dummy",
         "logprobs_mode": "processed_logprobs",  # temperature applied
         "generation_config": "vllm",  # the checkpoint's generation_config.json must not change the sampling

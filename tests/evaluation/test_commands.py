@@ -106,6 +106,7 @@ def test_servers_are_asked_by_one_rank_with_the_options_of_the_run(folder: Path)
             ["--model", "model", "--data", "q.jsonl", "--evaluation.temperature", "0", "--num-samples", "2"],
             "same answer",
         ),
+        ([*ASKED, "--rollout.tp", "2", "--rollout.expert_parallel", "true"], "but the model has no experts"),
         (
             ["--model", "model", "--data", "q.jsonl", "--server", "http://a:1", "--rollout.tp", "2"],
             "--rollout.tp has no effect with --server: it is riskpo serve's",

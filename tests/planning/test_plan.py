@@ -18,7 +18,7 @@ from megatron_riskpo.config_rules import Setup
 from megatron_riskpo.planning.activations import ActivationBytes
 from megatron_riskpo.planning.gpus import GIB, GPUS
 from megatron_riskpo.planning.memory import PHASES, RankMemory, complaints, engine_bytes, phases
-from megatron_riskpo.planning.model_size import count_parameters
+from megatron_riskpo.planning.model_size import count_parameters, largest_module
 from megatron_riskpo.planning.pipeline import bubble_share, layers_of_chunk, most_in_flight
 from megatron_riskpo.planning.plan import Plan, make_plan
 from megatron_riskpo.planning.search import candidates, search
@@ -154,6 +154,23 @@ def test_a_sync_counts_what_the_bridge_moves_and_holds(toml) -> None:
     assert sync_of(config_of(toml, "--rollout.engine", "megatron"), 1) == (0, {})
 
 
+@pytest.mark.parametrize(("experts", "whole"), [(6, "true"), (5, "true"), (6, "false")])
+def test_a_shard_of_experts_is_that_of_the_bridge(experts: int, whole: str, toml) -> None:
+    model = MODEL | {
+        "model_type": "qwen3_moe", "num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
+        "head_dim": 64,
+    }  # fmt: skip
+    config = config_of(toml, "--rollout.engine", "vllm", "--rollout.tp", "2", "--rollout.expert_parallel", whole)
+    layout = planned_layout(config, model, 2, 2)
+    shards = [plan.num_bytes(plan.receives) for plan in (plan_rank(layout, rank) for rank in range(2))]
+    assert (shards[0] > 1.1 * shards[1]) == (experts == 5)
+    # Norms and routers, whole on both, are counted as halves.
+    assert engine_bytes(config, model, H100).weights == pytest.approx(max(shards), rel=0.002)
+    at_once = largest_module(model, 2, expert_parallel=whole == "true") * 2
+    held = -(-experts // 2) if whole == "true" else experts / 2
+    assert at_once == max(held * 3 * 1024 * 512, 32000 * 1024 / 2) * 2
+
+
 def test_a_sleeping_engine_leaves_its_weights_and_cache_to_training(toml) -> None:
     vllm = ("--rollout.engine", "vllm", "--rollout.gpu_memory_utilization", "0.5")
     awake, asleep = (plan_of(toml, 1, *vllm, "--rollout.sleep", sleep).memory[0] for sleep in ("false", "true"))
@@ -253,6 +270,7 @@ WRONG = {
     "sequence_parallel": (["--actor.sequence_parallel", "true"], 1, {}),
     "engine_layout": (["--actor.cp", "2"], 2, {}),
     "engine_split": (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, {}),
+    "engine_experts": (["--rollout.engine", "vllm", "--rollout.expert_parallel", "true"], 1, {}),
     "placement": (["--rollout.max_staleness", "1"], 1, {}),
     "server_urls": (["--rollout.engine", "vllm", *SERVER, "--rollout.server_urls", "ftp://x"], 1, {}),
     "transport": (

@@ -25,9 +25,9 @@ SMALL_BUCKET_MIB = 0.1
 """Several rounds even for models of a megabyte; a tensor of the embedding's size is cut."""
 
 
-def build_engine(model: Path, tp: int) -> VllmEngine:
+def build_engine(model: Path, options: dict[str, Any]) -> VllmEngine:
     return VllmEngine(
-        model, RolloutConfig(tp=tp), dtype="float32", max_model_len=64, world_group=dist.group.WORLD, seed=0
+        model, RolloutConfig(**options), dtype="float32", max_model_len=64, world_group=dist.group.WORLD, seed=0
     )
 
 
@@ -37,19 +37,19 @@ def build_actor(model: Path, layout: dict[str, Any]) -> Actor:
     return Actor.from_hf(model, config, optimizer, torch.float32, build_grid(config, seed=0))
 
 
-def outcomes(folder: Path) -> dict[tuple[str, str, int, bool], list[dict[str, float]]]:
-    """By (model, actor layout, vLLM's tp, whether through shared memory and not over gloo): of every update the
+def outcomes(folder: Path) -> dict[tuple[str, str, str, bool], list[dict[str, float]]]:
+    """By (model, actor layout, vLLM's options, whether through shared memory and not over gloo): of every update the
     largest difference of log-probs, and what was compared.
 
-    `cases.pt` in folder.parent: a list of (model's name, [actor layout], [tp])."""
+    `cases.pt` in folder.parent: a list of (model's name, [actor layout], [vLLM's options])."""
     results = {}
-    for name, layouts, tps in torch.load(folder.parent / "cases.pt"):
-        for tp in tps:
-            engine = build_engine(folder.parent / name, tp)
+    for name, layouts, engines in torch.load(folder.parent / "cases.pt"):
+        for options in engines:
+            engine = build_engine(folder.parent / name, options)
             for layout in layouts:
                 actor = build_actor(folder.parent / name, layout)
                 for shared in (False, True) if name in THROUGH_MEMORY else (False,):
-                    results[name, str(layout), tp, shared] = _updates(actor, engine, shared=shared)
+                    results[name, str(layout), str(options), shared] = _updates(actor, engine, shared=shared)
             engine.close()
             release_groups()
     return results

@@ -24,18 +24,32 @@ WITH_EXPERTS = ("qwen3_moe", "mixtral")
 TP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[int, list[dict[str, Any]]] = {2: [TP, {"pp": 2}], 4: [TP | {"pp": 2}]}
 OF_FOUR_RANKS = ("qwen2", "qwen3_moe")
+WHOLE_EXPERTS = {"tp": 2, "expert_parallel": True}
+UNEVEN = "three_experts"
+"""Of an odd width: they could not be split. vLLM's first rank has two, its second one."""
+
+Case = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
+"""Model, actor layouts, options of vLLM."""
 
 
-def run(folder: Path, num_ranks: int) -> list[dict]:
-    """What each rank found, by case."""
-    cases = []
-    for family, tied in FAMILIES.items() if num_ranks == 2 else [(f, FAMILIES[f]) for f in OF_FOUR_RANKS]:
-        make_tiny(folder / family, family, tied=tied, seed=0)
+def cases_of(folder: Path, num_ranks: int) -> list[Case]:
+    """With their models in `folder`."""
+    cases: list[Case] = []
+    for family in FAMILIES if num_ranks == 2 else OF_FOUR_RANKS:
+        make_tiny(folder / family, family, tied=FAMILIES[family], seed=0)
         # Experts are dealt out over the ranks of a stage: pp = 2 leaves one of two ranks.
         layouts = [
             layout | {"ep": 2} if family in WITH_EXPERTS and "tp" in layout else layout for layout in LAYOUTS[num_ranks]
         ]
-        cases.append((family, layouts, [1, 2]))
+        cases.append((family, layouts, [{"tp": 1}, {"tp": 2}, *[WHOLE_EXPERTS] * (family in WITH_EXPERTS)]))
+    if num_ranks == 2:
+        make_tiny(folder / UNEVEN, "qwen3_moe", tied=False, seed=0, num_experts=3, moe_intermediate_size=49)
+        cases.append((UNEVEN, [TP], [WHOLE_EXPERTS]))
+    return cases
+
+
+def run(folder: Path, cases: list[Case], num_ranks: int) -> list[dict]:
+    """What each rank found, by case."""
     torch.save(cases, folder / "cases.pt")
     target = f"{in_process_cases.__name__}:{in_process_cases.outcomes.__name__}"
     return run_on_ranks(target, num_ranks, folder / "ranks", timeout_s=900)
@@ -44,9 +58,10 @@ def run(folder: Path, num_ranks: int) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_after_each_update_vllm_is_the_actor(tmp_path, num_ranks):
-    ranks = run(tmp_path, num_ranks)
-    num_models = len(FAMILIES) if num_ranks == 2 else len(OF_FOUR_RANKS)
-    assert len(ranks[0]) == 2 * len(LAYOUTS[num_ranks]) * (num_models + len(in_process_cases.THROUGH_MEMORY))
+    cases = cases_of(tmp_path, num_ranks)
+    ranks = run(tmp_path, cases, num_ranks)
+    num_ways = {name: 1 + (name in in_process_cases.THROUGH_MEMORY) for name, _, _ in cases}
+    assert len(ranks[0]) == sum(num_ways[name] * len(layouts) * len(engines) for name, layouts, engines in cases)
     for case in ranks[0]:
         for rank in ranks:
             updates = rank[case]

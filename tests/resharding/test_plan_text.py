@@ -9,7 +9,7 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_io import load_config, load_model_config
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.plan_text import planned_layout
-from tests.tiny_models import make_tiny_qwen2
+from tests.tiny_models import make_tiny, make_tiny_qwen2
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,25 @@ def test_a_plan_that_gpus_do_not_follow_says_so(config, capsys):
     for transport, is_said in (("auto", True), ("shared_memory", False)):
         assert main(["plan", "--bridge", *own, "--server.transport", transport]) == 0
         assert ("on GPUs through files" in capsys.readouterr().out.splitlines()[-1]) == is_said
+
+
+def test_whole_experts_are_said_and_have_fewer_transfers(tmp_path, capsys):
+    model = make_tiny(tmp_path / "model", "qwen3_moe", tied=False, seed=0)
+    (tmp_path / "run.toml").write_text(f'[model]\npath = "{model}"\n[actor]\nep = 2\n[rollout]\ntp = 2\n')
+    said = {}
+    for whole in ("true", "false"):
+        assert main(["plan", "--bridge", "--rank", "1", str(tmp_path / "run.toml"), "--gpus", "2",
+                     "--rollout.expert_parallel", whole]) == 0  # fmt: skip
+        said[whole] = capsys.readouterr().out
+    num_experts, num_layers = 4, 2
+    transfers = {whole: int(re.search(r"(\d+) transfers in", text)[1]) for whole, text in said.items()}
+    assert transfers["false"] - transfers["true"] == num_layers * 3 * num_experts / 2
+    own = "rank 1 decoder.layers.0.mlp.experts.local_experts.2.linear_fc1.weight"
+    target = "rank 1 model.layers.0.mlp.experts.routed_experts.w13_weight[0]"
+    assert f"{own} [0:48, 0:128] -> {target} [0:48, 0:128]" in said["true"]
+    own_option = ["--rollout.expert_parallel", "true"]
+    assert main(["plan", "--bridge", str(tmp_path / "run.toml"), "--gpus", "2", *own_option]) == 0
+    assert "rollout: 1 engines, tp 2, expert-parallel\n" in capsys.readouterr().out
 
 
 def test_the_transfers_of_a_rank(config, capsys):

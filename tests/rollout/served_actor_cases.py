@@ -21,20 +21,20 @@ TRANSPORTS = ("network", "shared_memory")
 
 def outcomes(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """By actor layout and server.transport, of every update what was measured. `case.pt` in folder.parent: (model,
-    url, tp, layouts)."""
-    model, url, tp, layouts = torch.load(folder.parent / "case.pt")
+    url, server's options, layouts)."""
+    model, url, options, layouts = torch.load(folder.parent / "case.pt")
     return {
-        f"{layout}, {transport}": _updates(Path(model), url, tp, layout, transport, folder)
+        f"{layout}, {transport}": _updates(Path(model), url, options, layout, transport, folder)
         for layout in layouts
         for transport in TRANSPORTS
     }
 
 
 def _updates(
-    model: Path, url: str, tp: int, layout: dict[str, Any], transport: str, folder: Path
+    model: Path, url: str, options: dict[str, Any], layout: dict[str, Any], transport: str, folder: Path
 ) -> list[dict[str, Any]]:
     bridge_config = BridgeConfig(bucket_mib=SMALL_BUCKET_MIB, verify="checksum", timeout_s=60)
-    config = with_urls(server_config(model, server={"transport": transport}, tp=tp), url)
+    config = with_urls(server_config(model, server={"transport": transport}, **options), url)
     config = dataclasses.replace(config, bridge=bridge_config)
     actor = build_actor(model, layout)
     engine = ServerEngine(

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import re
 import signal
 import time
 import urllib.error
@@ -41,13 +42,15 @@ from tests.server_runs import (
     started_server,
     with_urls,
 )
-from tests.tiny_models import hf_token_logprobs, load_hf, make_tiny_qwen2
+from tests.tiny_models import hf_token_logprobs, load_hf, make_tiny, make_tiny_qwen2
 from tests.vllm_engines import max_difference, single_rank, vllm_engine
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [20], [5, 6, 7]]
 SEEDS = [3, 1, 2, 2**63 - 1]
+NUM_EXPERTS = 4  # of a layer of tiny models
+WHOLE_EXPERTS = {"tp": 2, "expert_parallel": True}
 LAYOUTS: list[dict[str, Any]] = [{"tp": 2, "sequence_parallel": True}, {"pp": 2}]
 SAMPLING = SamplingConfig(group_size=4, max_response_tokens=24, temperature=0.7, stop_token_ids=(1, 2, 3))
 
@@ -55,7 +58,8 @@ SAMPLING = SamplingConfig(group_size=4, max_response_tokens=24, temperature=0.7,
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: make_tiny_qwen2(folder / name, tied=True, seed=seed) for seed, name in enumerate("ab")}
+    dense = {name: make_tiny_qwen2(folder / name, tied=True, seed=seed) for seed, name in enumerate("ab")}
+    return dense | {"experts": make_tiny(folder / "experts", "qwen3_moe", tied=False, seed=0)}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,11 @@ def servers(
     asked = {name for test in tests for name in test.fixturenames}  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
         yield {
-            name: stack.enter_context(started_server(server_config(models["a"], tp=tp), tmp_path_factory.mktemp(name)))
-            for name, tp in (("url", 1), ("url_of_two_workers", 2))
+            name: stack.enter_context(started_server(config, tmp_path_factory.mktemp(name)))
+            for name, config in (
+                ("url", server_config(models["a"])),
+                ("url_of_two_workers", server_config(models["experts"], **WHOLE_EXPERTS)),
+            )
             if name in asked
         }
 
@@ -165,13 +172,14 @@ def test_layouts_that_cannot_be_are_refused_before_a_server_is_asked(models, tmp
         pass
 
 
-def check_actors(model: Path, url: str, tp: int, folder: Path) -> None:
+def check_actors(model: Path, url: str, options: dict[str, Any], layouts: list[dict[str, Any]], folder: Path) -> None:
     """Two ranks, split in two ways, and their server: the same log-probs, over the network from a shard's bytes each
     time."""
-    torch.save((str(model), url, tp, LAYOUTS), folder / "case.pt")
+    torch.save((str(model), url, options, layouts), folder / "case.pt")
     target = f"{served_actor_cases.__name__}:{served_actor_cases.outcomes.__name__}"
     found, _ = run_on_ranks(target, 2, folder / "ranks")
-    assert len(found) == len(LAYOUTS) * len(served_actor_cases.TRANSPORTS)
+    assert len(found) == len(layouts) * len(served_actor_cases.TRANSPORTS)
+    tp = options["tp"]
     for case, updates in found.items():
         assert len({update["mean"] for update in updates}) == len(updates)
         for update in updates:
@@ -186,16 +194,25 @@ def check_actors(model: Path, url: str, tp: int, folder: Path) -> None:
 
 
 def shard_bytes(model: Path, tp: int, rank: int) -> int:
-    """Norms are whole on each; vLLM pads the vocabulary to 64 rows, which nobody sends."""
+    """Norms and routers are whole on each rank, experts on one."""
     tensors = load_file(model / "model.safetensors")
-    vocab = tensors.pop("model.embed_tokens.weight")
-    rows = -(-len(vocab) // 64) * 64 // tp
-    split = sum(tensor.nbytes // (1 if "norm" in name else tp) for name, tensor in tensors.items())
-    return split + vocab[rank * rows : (rank + 1) * rows].nbytes
+    return sum(held_bytes(name, tensor, tp, rank) for name, tensor in tensors.items())
+
+
+def held_bytes(name: str, tensor: torch.Tensor, tp: int, rank: int) -> int:
+    expert = re.search(r"\.experts\.(\d+)\.", name)
+    if expert:
+        return tensor.nbytes if int(expert[1]) * tp // NUM_EXPERTS == rank else 0
+    if "norm" in name or "mlp.gate." in name:
+        return tensor.nbytes
+    if "embed_tokens" in name or "lm_head" in name:
+        rows = -(-len(tensor) // 64) * 64 // tp  # vLLM pads the vocabulary to 64 rows, which nobody sends
+        return tensor[rank * rows : (rank + 1) * rows].nbytes
+    return tensor.nbytes // tp
 
 
 def test_actors_of_two_ranks_push_to_a_server_by_plan(models, url, tmp_path):
-    check_actors(models["a"], url, 1, tmp_path)
+    check_actors(models["a"], url, {"tp": 1}, LAYOUTS, tmp_path)
 
 
 def test_samples_are_those_of_the_engine_in_process(engine, models):
@@ -304,10 +321,20 @@ def test_wrong_prompts_are_refused_before_they_are_sent(engine, models):
 
 
 @pytest.mark.slow
-def test_actors_of_two_ranks_push_to_two_workers(models, url_of_two_workers, tmp_path):
+def test_actors_of_two_ranks_push_to_two_workers_with_experts_of_their_own(models, url_of_two_workers, tmp_path):
     """Here, and not earlier: the server has had time to start while others were tested."""
-    url = url_of_two_workers
-    check_actors(models["a"], url, 2, tmp_path)
+    url, model = url_of_two_workers, models["experts"]
+    check_actors(model, url, WHOLE_EXPERTS, [LAYOUTS[0] | {"ep": 2}, LAYOUTS[1]], tmp_path)
+    by_file = with_urls(server_config(model, server={"transport": "file"}), url)
+    with single_rank(), server_engine(by_file, tmp_path, exporter(model)) as engine:
+        engine.update_weights(exporter(model)(), 1)  # to vLLM's own loaders
+        rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
+    assert max_difference(rollouts, load_hf(model), SAMPLING.temperature) <= 1e-5
+    config = over_network(model, url)
+    other = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, tp=2))
+    alike = "this server has rollout.expert_parallel = true, the run that pushes weights false; set both alike"
+    with networked(other, model, tmp_path) as (_, push), pytest.raises(RunError, match=alike):
+        push(model, 2)
     call(url, "/init_weight_transfer_engine", {"init_info": {"transport": "file", "options": {"num_tensors": 1}}})
     for _ in range(2):  # both workers fail, and no answer is left for the next call
         call(url, "/start_weight_update", {})

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +151,25 @@ def test_a_fresh_engine_gives_the_same_bits_and_leaves_the_process_as_it_was(mod
     assert os.environ.get("LD_PRELOAD") == preload
     with pytest.raises(RunError, match="closed"):
         engine.generate(PROMPTS, sampling(), SEEDS)
+
+
+def test_experts_of_other_ranks_are_left_to_them():
+    """What vLLM's CPU kernel is given; what it makes of it: resharding/test_in_process.py."""
+    from megatron_riskpo.rollout.vllm_cpu_worker import _with_own_experts
+
+    given: dict[str, Any] = {}
+    apply = _with_own_experts(lambda experts, **arguments: given.update(arguments))
+    ids, weights = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+    arguments = {"topk_ids": ids, "topk_weights": weights, "apply_router_weight_on_input": False, "output": "there"}
+    apply(None, expert_map=torch.tensor([-1, -1, 0, 1], dtype=torch.int32), **arguments)
+    assert given["topk_ids"].dtype == torch.int32  # which the kernel reads without asking
+    assert given["topk_weights"].tolist() == [[weights[0, 0], 0], [0, weights[1, 1]]]
+    assert (given["topk_ids"][0, 0], given["topk_ids"][1, 1], given["output"]) == (0, 1, "there")
+    apply(None, expert_map=None, **arguments)
+    assert given["topk_ids"] is ids
+    assert given["topk_weights"] is weights
+    with pytest.raises(NotImplementedError, match="on the experts' input"):
+        apply(None, expert_map=ids[0], **arguments | {"apply_router_weight_on_input": True})
 
 
 def test_neighbouring_seeds_share_no_request_seed():
