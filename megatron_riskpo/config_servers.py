@@ -44,6 +44,13 @@ def transport_of(config: TrainConfig) -> str:
     return "network" if config.rollout.server_urls else "shared_memory"
 
 
+def transport_on_gpus(config: TrainConfig) -> str:
+    """As `transport_of`, where ranks and servers are on GPUs."""
+    chosen = transport_of(config)
+    # CUDA IPC has not run yet: nobody gets it who has not asked for it.
+    return "file" if chosen == "shared_memory" and config.server.transport == "auto" else chosen
+
+
 def transport(setup: Setup) -> str | None:
     server = setup.config.server
     if server.transfer_dir and transport_of(setup.config) != "file":

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length
+from megatron_riskpo.config_servers import transport_on_gpus
 from megatron_riskpo.planning.activations import ActivationBytes, rank_activations
 from megatron_riskpo.planning.gpus import CONTEXT_BYTES, ENGINE_WORKSPACE, FRAGMENTATION, GIB, GPUS_A_NODE, Gpu
 from megatron_riskpo.planning.model_size import (
@@ -128,8 +129,9 @@ def _sync(config: TrainConfig, hf_config: Mapping[str, Any]) -> dict[str, int]:
     if config.rollout.engine != "vllm":
         return {}
     if config.rollout.placement == "server":
-        # A tensor's pieces and the whole that is made of them; and a bucket of whole ones.
-        return {"buckets": bucket + 2 * size * largest_tensor(hf_config)}
+        # Through files a tensor's pieces and the whole that is made of them; and a bucket of whole ones.
+        whole = bucket + 2 * size * largest_tensor(hf_config)
+        return {"buckets": {"file": whole, "network": 2 * bucket, "shared_memory": 0}[transport_on_gpus(config)]}
     # Modules that are not complete yet have storage of their own: those of a bucket, and what one of them lacks.
     rollout = config.rollout
     module = size * largest_module(hf_config, rollout.tp, expert_parallel=rollout.expert_parallel)

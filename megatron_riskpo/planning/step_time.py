@@ -7,6 +7,7 @@ from typing import Any
 from megatron_riskpo.actor.flops import BACKWARD, ModelFlops, num_experts
 from megatron_riskpo.algorithms.mismatch import needs_old_logprobs
 from megatron_riskpo.config import TrainConfig
+from megatron_riskpo.config_servers import transport_on_gpus
 from megatron_riskpo.planning import gpus
 from megatron_riskpo.planning.gpus import Gpu
 from megatron_riskpo.planning.memory import RankMemory
@@ -202,21 +203,39 @@ def _passes(shared: _Shared, forwards: float) -> dict[str, float]:
 
 
 def _sync(shared: _Shared) -> PhaseTime:
-    """Every vLLM rank gets its own shard; rank 0 of a run on servers the whole model, which goes through the host."""
-    config, actor = shared.config, shared.config.actor
+    """Every vLLM rank gets its own shard; through files rank 0 the whole model, which goes through the host."""
+    config = shared.config
     if config.rollout.engine != "vllm":
         return PhaseTime(0.0, "not needed")
-    weights = count_parameters(shared.hf_config) * BYTES[config.model.dtype]
-    on_servers = config.rollout.placement == "server"
-    tp, whole = config.rollout.tp, config.rollout.expert_parallel
-    shard = engine_parameters(shared.hf_config, tp, expert_parallel=whole) * BYTES[config.model.dtype]
-    moved = weights if on_servers else shard
-    # Into the bucket, out of it, and vLLM's own copy: each read and written.
-    parts = {"copies": 6 * moved / (shared.gpu.memory_rate * gpus.MEMORY_SHARE)}
+    size, tp = BYTES[config.model.dtype], config.rollout.tp
+    shard = size * engine_parameters(shared.hf_config, tp, expert_parallel=config.rollout.expert_parallel)
+    if config.rollout.placement == "colocated":
+        return _of(_between_ranks(shared, shard))
+    way = transport_on_gpus(config)
+    if way == "file":
+        weights = size * count_parameters(shared.hf_config)
+        return _of(_between_ranks(shared, weights) | {"files in the host's memory": weights / gpus.FILE_RATE})
+    if way == "shared_memory":  # read by the worker, and vLLM's own copy
+        return _of({"copies": _copies(shared, 2 * shard), "weights from GPU to GPU": shard / shared.wire(1)})
+    engines = len(config.rollout.server_urls) or config.rollout.servers
+    # A worker takes its shard, a rank gives its part of all shards.
+    busiest = max(shard, shard * engines * tp / shared.world_size)
+    network = shared.gpu.network_rate * gpus.LINK_SHARE
+    return _of({"copies": _copies(shared, 3 * busiest), "weights to the servers": busiest / network})
+
+
+def _between_ranks(shared: _Shared, moved: float) -> dict[str, float]:
+    """So many bytes to each rank that takes weights, from those that have them."""
+    actor = shared.config.actor
     # Stages lie one after the other over the ranks; within a stage the nearest rank that has a slice gives it.
     of_others, in_stage = moved * (actor.pp - 1) / actor.pp, max(actor.tp, actor.ep)
-    parts["weights of other stages"] = of_others / shared.wire(shared.world_size)
-    parts["weights between ranks"] = (moved - of_others) * (in_stage - 1) / in_stage / shared.wire(in_stage)
-    if on_servers:
-        parts["files in the host's memory"] = weights / gpus.FILE_RATE
-    return _of(parts)
+    return {
+        "copies": _copies(shared, 3 * moved),  # into the bucket, out of it, and vLLM's own
+        "weights of other stages": of_others / shared.wire(shared.world_size),
+        "weights between ranks": (moved - of_others) * (in_stage - 1) / in_stage / shared.wire(in_stage),
+    }
+
+
+def _copies(shared: _Shared, num_bytes: float) -> float:
+    """Seconds to read and write so many bytes of a GPU's own memory."""
+    return 2 * num_bytes / (shared.gpu.memory_rate * gpus.MEMORY_SHARE)

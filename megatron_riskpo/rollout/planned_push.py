@@ -6,7 +6,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from megatron_riskpo.config import TrainConfig
-from megatron_riskpo.config_servers import transport_of
+from megatron_riskpo.config_servers import transport_of, transport_on_gpus
 from megatron_riskpo.errors import RiskpoError, RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards
 from megatron_riskpo.rollout.loop_thread import LoopThread
@@ -49,7 +49,7 @@ def planned_push(
     if transport == "file":
         return None
     try:
-        if is_own_choice and shards.example.is_cuda:
+        if shards.example.is_cuda and transport_on_gpus(config) == "file":
             raise RunError('CUDA IPC has not been tried out yet (server.transport = "shared_memory" does)')
         return MemoryPush(config, shards, group, loop)
     except RiskpoError as error:

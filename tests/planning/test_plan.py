@@ -154,6 +154,25 @@ def test_a_sync_counts_what_the_bridge_moves_and_holds(toml) -> None:
     assert sync_of(config_of(toml, "--rollout.engine", "megatron"), 1) == (0, {})
 
 
+@pytest.mark.parametrize(("transport", "servers"), [("network", 1), ("network", 5), ("shared_memory", 2)])
+def test_a_push_to_servers_counts_what_its_plan_moves(toml, transport, servers) -> None:
+    options = ("--rollout.engine", "vllm", "--rollout.placement", "server", "--bridge.bucket_mib", "8")
+    options += ("--server.transport", transport, "--rollout.servers", str(servers), "--actor.tp", "2")
+    config = config_of(toml, *options)
+    seconds, extra = sync_of(config, 2)
+    plans = [plan_rank(planned_layout(config, MODEL, 2, 2), rank) for rank in range(2 + servers)]
+    shard = max(plan.num_bytes(plan.receives) for plan in plans)
+    sent = sum(plan.num_bytes(plan.sends) for plan in plans) / 2
+    if transport == "network":
+        assert extra == {"buckets": 2 * 8 * 2**20}
+        busiest = max(shard, sent)
+        expected = busiest / (0.7 * 50e9) + 6 * busiest / (0.7 * 3.35e12)
+    else:
+        assert not any(extra.values())
+        expected = shard / (0.7 * 450e9) + 4 * shard / (0.7 * 3.35e12)
+    assert seconds == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize(("experts", "whole"), [(6, "true"), (5, "true"), (6, "false")])
 def test_a_shard_of_experts_is_that_of_the_bridge(experts: int, whole: str, toml) -> None:
     model = MODEL | {
