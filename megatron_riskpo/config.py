@@ -193,6 +193,9 @@ class ActorConfig:
     ep: int = 1
     """Expert-parallel size (mixture of experts): ranks that deal the experts out. It takes no ranks of its own, but
     those of tp, cp and data parallelism together."""
+    etp: int = 1
+    """Expert tensor-parallel size: ranks that split each expert, in place of tp. It takes the same ranks: ep * etp of
+    them, next to each other in a pipeline stage, hold all experts of a layer once."""
     sequence_parallel: bool = False
     """Split activations along the sequence outside the tensor-parallel regions (needs tp > 1)."""
     mini_batches: int = 1

@@ -39,6 +39,7 @@ BOUNDS: tuple[tuple[str, str, float], ...] = (
     ("actor.vp", ">=", 1),
     ("actor.cp", ">=", 1),
     ("actor.ep", ">=", 1),
+    ("actor.etp", ">=", 1),
     ("actor.first_stage_layers", ">=", 0),
     ("actor.last_stage_layers", ">=", 0),
     ("actor.mini_batches", ">=", 1),

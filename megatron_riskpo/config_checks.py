@@ -150,7 +150,7 @@ def engine_layout(setup: Setup) -> str | None:
     actor = setup.config.actor
     if setup.config.rollout.engine != "megatron":
         return None
-    sizes = {"actor.vp": actor.vp, "actor.cp": actor.cp, "actor.ep": actor.ep}
+    sizes = {"actor.vp": actor.vp, "actor.cp": actor.cp, "actor.ep": actor.ep, "actor.etp": actor.etp}
     for option, size in sizes.items():
         if size > 1:
             return f'{option} = {size} does not go with rollout.engine = "megatron"; set it to 1, or use vllm'

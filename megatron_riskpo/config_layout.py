@@ -68,7 +68,7 @@ def architecture(setup: Setup) -> str | None:
 
 
 def tensor_parallel(setup: Setup) -> str | None:
-    """Megatron gives each rank whole query heads, whole key-value heads and equal MLP columns (experts stay whole)."""
+    """Megatron gives each rank whole query heads, whole key-value heads and equal MLP columns (experts: actor.etp)."""
     heads = setup.model["num_attention_heads"]
     sizes = {
         "attention heads": heads,
@@ -116,8 +116,9 @@ def virtual_pipeline(setup: Setup) -> str | None:
 
 def expert_parallel(setup: Setup) -> str | None:
     actor, experts = setup.config.actor, num_experts(setup.model)
-    if actor.ep > 1 and not experts:
-        return f"actor.ep = {actor.ep}, but the model has no experts; set it to 1"
+    for option, size in {"actor.ep": actor.ep, "actor.etp": actor.etp}.items():
+        if size > 1 and not experts:
+            return f"{option} = {size}, but the model has no experts; set it to 1"
     if experts and actor.tp > 1 and not actor.sequence_parallel:
         return f"actor.tp = {actor.tp} with experts needs actor.sequence_parallel = true"
     return None
@@ -160,6 +161,20 @@ def engine_experts(setup: Setup) -> str | None:
     return None
 
 
+def expert_split(setup: Setup) -> str | None:
+    actor = setup.config.actor
+    if actor.etp == 1:
+        return None
+    width, left = expert_width(setup.model), setup.world_size // actor.pp // actor.ep
+    if width % actor.etp or left % actor.etp:
+        valid = [n for n in range(1, left + 1) if width % n == 0 and left % n == 0]
+        return (
+            f"actor.etp = {actor.etp} does not divide both the {width} columns of an expert and the {left} ranks of a "
+            f"pipeline stage that hold the same experts (actor.ep = {actor.ep}); use {nearest(valid, actor.etp)}"
+        )
+    return None
+
+
 def world_split(setup: Setup) -> str | None:
     actor = setup.config.actor
     size = actor.tp * actor.cp * actor.pp
@@ -180,7 +195,8 @@ def sequence_parallel(setup: Setup) -> str | None:
 
 def layout_words(actor: Mapping[str, Any], world_size: int) -> str:
     """tp 8 pp 4 dp 2 ..., sizes of 1 left out. `actor`: ActorConfig as a dict, such as a run's record has."""
-    sizes = {name: actor[name] for name in ("tp", "pp", "vp", "cp", "ep")}
+    # Records of earlier versions have no etp.
+    sizes = {name: actor.get(name, 1) for name in ("tp", "pp", "vp", "cp", "ep", "etp")}
     sizes["dp"] = world_size // (actor["tp"] * actor["cp"] * actor["pp"])
     words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     words += [f"recompute {actor['recompute']}"] * (actor["recompute"] != "none")
@@ -198,5 +214,6 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     expert_parallel,
     world_split,
     expert_ranks,
+    expert_split,
     sequence_parallel,
 )

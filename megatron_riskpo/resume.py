@@ -16,7 +16,7 @@ FREE_SECTIONS = ("bridge", "server", "evaluation", "checkpoint", "logging")
 FREE_OPTIONS = (
     *("run.name", "run.dir", "run.steps", "run.resume", "run.ranks", "run.timeout_s", "run.stall_limit_s"),
     "run.accept_changes",
-    *("actor.tp", "actor.pp", "actor.vp", "actor.cp", "actor.ep", "actor.sequence_parallel"),
+    *("actor.tp", "actor.pp", "actor.vp", "actor.cp", "actor.ep", "actor.etp", "actor.sequence_parallel"),
     *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens"),
     *("actor.recompute", "actor.offload_optimizer", "actor.offload_gradients"),
     *("rollout.placement", "rollout.servers", "rollout.server_urls"),

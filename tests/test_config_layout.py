@@ -29,6 +29,7 @@ from tests.test_config import BASE, MODEL
             "are 5 layers on the 2 stages, the model has 6",
         ),
         (["--actor.ep", "2"], 2, "actor.ep = 2, but the model has no experts; set it to 1"),
+        (["--actor.etp", "2"], 2, "actor.etp = 2, but the model has no experts; set it to 1"),
         (["--actor.cp", "2"], 3, "actor.tp * actor.cp * actor.pp = 1 * 2 * 1 = 2; use 2 or 4 ranks"),
         (["--actor.cp", "2"], 2, 'actor.cp = 2 does not go with rollout.engine = "megatron"'),
     ],
@@ -60,6 +61,14 @@ MOE = MODEL | {
         ),
         (["--actor.ep", "8"], 4, "8 experts of a layer and the 4 ranks of a pipeline stage; use 4"),
         (["--actor.ep", "2", "--actor.pp", "2"], 2, "the 1 ranks of a pipeline stage; use 1"),
+        (
+            ["--actor.etp", "5"],
+            10,
+            "actor.etp = 5 does not divide both the 48 columns of an expert and the 10 ranks of a pipeline stage that "
+            "hold the same experts (actor.ep = 1); use 2",
+        ),
+        (["--actor.ep", "2", "--actor.etp", "4"], 4, "the 2 ranks of a pipeline stage that hold the same experts"),
+        (["--actor.etp", "2"], 2, 'actor.etp = 2 does not go with rollout.engine = "megatron"; set it to 1'),
         (["--actor.tp", "2"], 2, "actor.tp = 2 with experts needs actor.sequence_parallel = true"),
     ],
 )

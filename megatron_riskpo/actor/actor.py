@@ -71,7 +71,7 @@ class Actor:
         for chunk in self.chunks:
             chunk.to(grid.device)
         if model_dir is not None:
-            load_hf_weights(self.chunks, model_dir, self.family, self.shape, grid.tp.rank(), grid.tp.size())
+            load_hf_weights(self.chunks, model_dir, self.family, self.shape, grid)
         self.model = wrap_for_training(self.chunks, config, dtype)
         self.optimizer = build_optimizer(self.model, optimizer, config, dtype)
         self.chunks[0].config.grad_scale_func = self.optimizer.scale_loss

@@ -140,8 +140,9 @@ def build_policy_model(
 def _reduce_over_experts(model: PolicyModel) -> None:
     """Let the gradients of experts be summed over the ranks that hold the same expert.
 
-    Megatron marks them so only where expert_model_parallel_size > 1. But experts are never split here, so with tensor
-    parallelism alone its ranks hold the same experts too, and see different tokens.
+    Megatron marks them so only where expert_model_parallel_size > 1. But those ranks are not the replicas of other
+    weights wherever experts are split otherwise than these: with tensor parallelism and whole experts, its ranks hold
+    the same experts too, and see different tokens.
     """
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:

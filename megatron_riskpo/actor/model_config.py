@@ -74,7 +74,7 @@ def _layout_options(actor: ActorConfig, dtype: torch.dtype) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage": actor.last_stage_layers or None,
         "context_parallel_size": actor.cp,
         "expert_model_parallel_size": actor.ep,
-        "expert_tensor_parallel_size": 1,
+        "expert_tensor_parallel_size": actor.etp,
         "sequence_parallel": actor.sequence_parallel,
         # Packed micro-batches differ in length, so pipeline stages have to tell each other the shapes.
         "variable_seq_lengths": actor.pp > 1,

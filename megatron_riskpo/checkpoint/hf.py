@@ -8,12 +8,13 @@ import torch
 from megatron_riskpo.actor.model import PolicyModel, named_parameters
 from megatron_riskpo.checkpoint.hf_folder import HfReader
 from megatron_riskpo.checkpoint.weight_map.base import Family, ModelShape, Rule, padded_vocab_size
+from megatron_riskpo.distributed.grid import RankGrid
 from megatron_riskpo.errors import UsageError
 
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: Sequence[PolicyModel], model_dir: str | Path, family: Family, shape: ModelShape, tp_rank: int, tp_size: int
+    chunks: Sequence[PolicyModel], model_dir: str | Path, family: Family, shape: ModelShape, grid: RankGrid
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder.
 
@@ -30,8 +31,9 @@ def load_hf_weights(
         num_rows = None
         if rule.is_vocab:
             _check_vocab(reader, rule.hf[0], shape)
-            num_rows = padded_vocab_size(shape.vocab_size, tp_size)
-        pieces = [reader.read(hf, rule.shard_dim, tp_rank, tp_size, num_rows) for hf in rule.hf]
+            num_rows = padded_vocab_size(shape.vocab_size, grid.tp.size())
+        group = grid.split_group(of_expert=rule.expert is not None)
+        pieces = [reader.read(hf, rule.shard_dim, group.rank(), group.size(), num_rows) for hf in rule.hf]
         value = rule.fusion.fuse(pieces, shape)
         if value.shape != parameter.shape:
             raise UsageError(

@@ -114,7 +114,7 @@ def _load(chunks: Sequence[Any], hf_config: dict[str, Any], source: Path, grid: 
     from megatron_riskpo.checkpoint.hf import load_hf_weights
 
     if any(source.glob("*.safetensors")):
-        load_hf_weights(chunks, source, family_of(hf_config), shape_of(hf_config), 0, 1)
+        load_hf_weights(chunks, source, family_of(hf_config), shape_of(hf_config), grid)
         return
     checkpoint = find_checkpoint(source, None, Team())
     load_weights(chunks, checkpoint / SHARDED if (checkpoint / SHARDED).is_dir() else checkpoint, grid)

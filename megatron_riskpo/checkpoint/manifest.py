@@ -52,7 +52,7 @@ class Manifest:
 
     step: int
     layout: dict[str, int]
-    """tp, pp and dp sizes of the ranks that wrote it."""
+    """tp, pp, vp, cp, ep, etp and dp sizes of the ranks that wrote it."""
     content: dict[str, Any]
     """Model sizes, dtype and kind of optimizer: what the actor that loads it must share."""
     versions: dict[str, str]
@@ -173,7 +173,8 @@ def _parse(document: dict[str, Any]) -> Manifest:
             raise ValueError(f"file name {name!r} points out of the folder")
     return Manifest(
         step=int(document["step"]),
-        layout=dict(document["layout"]),
+        # Earlier versions split no expert.
+        layout={"etp": 1} | document["layout"],
         content=dict(document["content"]),
         versions=dict(document["versions"]),
         files=files,

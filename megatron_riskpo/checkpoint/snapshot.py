@@ -67,7 +67,7 @@ def _file_of(content: dict[str, Any]) -> bytes:
 
 def layout_of(actor: Actor) -> dict[str, int]:
     """Manifest.layout of what this actor saves."""
-    sizes = {name: getattr(actor.config, name) for name in ("tp", "pp", "vp", "cp", "ep")}
+    sizes = {name: getattr(actor.config, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp")}
     return sizes | {"dp": actor.grid.dp.size()}
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_riskpo.errors import UsageError
 
@@ -168,6 +169,32 @@ def _adapt_experts(moe_utils: Any) -> None:
     moe_utils.maybe_move_tensor_to_cpu = move_or_convert
 
 
+def _adapt_mappings(mappings: Any) -> None:
+    """gloo gathers and scatters equal parts only. Uneven ones, of the tokens whose experts are split over ranks, go by
+    all-to-all: each rank sends its part to all of them, or adds up what it gets."""
+    gather_even, scatter_even = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather_even)
+    def gather(part: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather_even(part, group, sizes, use_global_buffer)
+        whole = part.new_empty(sum(sizes), *part.shape[1:])
+        copies = torch.cat([part] * group.size())
+        dist.all_to_all_single(whole, copies, sizes, [len(part)] * group.size(), group=group)
+        return whole
+
+    @functools.wraps(scatter_even)
+    def scatter(whole: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return scatter_even(whole, group, sizes, use_global_buffer)
+        parts = whole.new_empty(group.size(), sizes[group.rank()], *whole.shape[1:])
+        own = [parts.size(1)] * group.size()
+        dist.all_to_all_single(parts.flatten(0, 1), whole.contiguous(), own, sizes, group=group)
+        return parts.sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
+
+
 def _adapt(module: Any, torch_proxy: types.ModuleType) -> None:
     """Adapt one megatron.core module whose body has just run."""
     if vars(module).get("torch") is torch:
@@ -181,6 +208,8 @@ def _adapt(module: Any, torch_proxy: types.ModuleType) -> None:
             _adapt_rng(module)
         case "pipeline_parallel.schedules":
             _refuse_batched_interleaving(module)
+        case "tensor_parallel.mappings":
+            _adapt_mappings(module)
         case "transformer.moe.moe_utils":
             _adapt_experts(module)
         case "optimizer.distrib_optimizer":

@@ -27,6 +27,8 @@ class RankGrid:
     """Ranks that hold the same weights: data and context parallel together."""
     ep: ProcessGroup
     """Ranks that hold different experts."""
+    etp: ProcessGroup
+    """Ranks that split each expert."""
 
     @property
     def rank(self) -> int:
@@ -41,6 +43,10 @@ class RankGrid:
     def is_last_stage(self) -> bool:
         """Whether this rank has the output layer (with virtual stages, in its last chunk)."""
         return self.pp.rank() == self.pp.size() - 1
+
+    def split_group(self, *, of_expert: bool) -> ProcessGroup:
+        """The ranks that hold the parts of a split weight, an expert's or another."""
+        return self.etp if of_expert else self.tp
 
     @property
     def device(self) -> torch.device:
@@ -65,8 +71,7 @@ def build_grid(actor: ActorConfig, seed: int, timeout_s: float = 600.0) -> RankG
         virtual_pipeline_model_parallel_size=actor.vp if actor.vp > 1 else None,
         context_parallel_size=actor.cp,
         expert_model_parallel_size=actor.ep,
-        # Experts are small and many: whole ones on more ranks, never a part of one.
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=actor.etp,
         distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -78,4 +83,5 @@ def build_grid(actor: ActorConfig, seed: int, timeout_s: float = 600.0) -> RankG
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
     )

@@ -20,7 +20,7 @@ from megatron_riskpo.planning.step_time import plan_time
 from megatron_riskpo.planning.workload import Workload, workload
 
 LAYOUT_OPTIONS = (
-    *("tp", "pp", "vp", "cp", "ep", "sequence_parallel", "recompute", "offload_optimizer"),
+    *("tp", "pp", "vp", "cp", "ep", "etp", "sequence_parallel", "recompute", "offload_optimizer"),
     *("first_stage_layers", "last_stage_layers"),
 )
 """Options of [actor] that the search sets."""
@@ -59,8 +59,8 @@ def search(
 
 
 def candidates(config: TrainConfig, hf_config: Mapping[str, Any], world_size: int) -> Iterator[TrainConfig]:
-    """Every layout that breaks no rule. What is no layout stays as it is; so does `rollout.tp`, but where it breaks a
-    rule or is the same as before, which the search cannot tell from the actor's."""
+    """Every layout of whole experts that breaks no rule. What is no layout stays as it is; so does `rollout.tp`, but
+    where it breaks a rule or is the same as before, which the search cannot tell from the actor's."""
     layers, experts = hf_config["num_hidden_layers"], num_experts(hf_config)
     expert_sizes = [n for n in _powers(min(64, world_size)) if experts and experts % n == 0] or [1]
     for tp, pp, cp, ep in product(_powers(GPUS_A_NODE), _powers(min(32, layers)), _powers(8), expert_sizes):
@@ -69,8 +69,8 @@ def candidates(config: TrainConfig, hf_config: Mapping[str, Any], world_size: in
         vps = (1, 2) if pp > 1 else (1,)
         for vp, recompute, offload in product(vps, ("none", "full"), (False, True)):
             actor = dataclasses.replace(
-                config.actor, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, sequence_parallel=tp > 1, recompute=recompute,
-                offload_optimizer=offload, first_stage_layers=0, last_stage_layers=0,
+                config.actor, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=1, sequence_parallel=tp > 1,
+                recompute=recompute, offload_optimizer=offload, first_stage_layers=0, last_stage_layers=0,
             )  # fmt: skip
             candidate = dataclasses.replace(config, actor=actor)
             if next(problems(PLAN_RULES, Setup(candidate, world_size, hf_config)), None) is None:

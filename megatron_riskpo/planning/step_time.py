@@ -195,9 +195,11 @@ def _passes(shared: _Shared, forwards: float) -> dict[str, float]:
     # All-gather and reduce-scatter around attention and around the MLP, each way.
     exchanged = 4 * layers * hidden * (actor.tp - 1) / actor.tp
     parts = {"matrix products": compute, "tensor parallelism": forwards * exchanged / shared.wire(actor.tp)}
-    if actor.ep > 1:
+    if actor.ep * actor.etp > 1:
         routed = 2 * layers * hidden * hf_config["num_experts_per_tok"] / (actor.tp if actor.sequence_parallel else 1)
-        parts["tokens between experts"] = forwards * routed * (actor.ep - 1) / actor.ep / shared.wire(actor.ep)
+        # All-to-all over the experts' ranks; then all tokens of the ranks that split an expert go to each of these.
+        exchanged = routed * ((actor.ep - 1) / actor.ep + actor.etp - 1)
+        parts["tokens between experts"] = forwards * exchanged / shared.wire(actor.ep * actor.etp)
     parts["pipeline bubble"] = sum(parts.values()) * bubble_share(actor, work.micro_batches)
     return parts
 
@@ -228,7 +230,7 @@ def _between_ranks(shared: _Shared, moved: float) -> dict[str, float]:
     """So many bytes to each rank that takes weights, from those that have them."""
     actor = shared.config.actor
     # Stages lie one after the other over the ranks; within a stage the nearest rank that has a slice gives it.
-    of_others, in_stage = moved * (actor.pp - 1) / actor.pp, max(actor.tp, actor.ep)
+    of_others, in_stage = moved * (actor.pp - 1) / actor.pp, max(actor.tp, actor.ep * actor.etp)
     return {
         "copies": _copies(shared, 3 * moved),  # into the bucket, out of it, and vLLM's own
         "weights of other stages": of_others / shared.wire(shared.world_size),

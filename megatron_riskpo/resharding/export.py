@@ -68,7 +68,7 @@ def export_weights(
         local = _share(item, parameters.get(item.rule.megatron), grid)
         pieces = item.rule.fusion.unfuse(local, shape)
         for name, piece in zip(item.rule.hf, pieces, strict=True):
-            whole = _gather(piece, item.rule.shard_dim, grid)
+            whole = _gather(piece, item.rule.shard_dim, grid.split_group(of_expert=item.rule.expert is not None))
             yield name, whole[: shape.vocab_size] if item.rule.is_vocab else whole
 
 
@@ -90,10 +90,10 @@ def _share(item: ExportItem, parameter: Tensor | None, grid: RankGrid) -> Tensor
     return local
 
 
-def _gather(piece: Tensor, shard_dim: int | None, grid: RankGrid) -> Tensor:
-    if shard_dim is None or grid.tp.size() == 1:
+def _gather(piece: Tensor, shard_dim: int | None, group: dist.ProcessGroup) -> Tensor:
+    if shard_dim is None or group.size() == 1:
         return piece
     piece = piece.contiguous()
-    pieces = [torch.empty_like(piece) for _ in range(grid.tp.size())]
-    dist.all_gather(pieces, piece, group=grid.tp)
+    pieces = [torch.empty_like(piece) for _ in range(group.size())]
+    dist.all_gather(pieces, piece, group=group)
     return torch.cat(pieces, dim=shard_dim)

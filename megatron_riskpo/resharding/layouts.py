@@ -10,8 +10,8 @@ from megatron_riskpo.errors import UsageError
 
 @dataclass(frozen=True)
 class ActorLayout:
-    """Megatron's grid: tensor parallel fastest, then context, data, pipeline parallel. Experts are dealt out over the
-    consecutive ranks of a stage, each expert whole."""
+    """Megatron's grid: tensor parallel fastest, then context, data, pipeline parallel. For experts the ranks of a stage
+    are counted anew: those that split an expert fastest, then those that hold different ones, then replicas."""
 
     world_size: int
     tp: int = 1
@@ -19,27 +19,32 @@ class ActorLayout:
     vp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int = 1
     first_stage_layers: int = 0
     """0: as many as the others; so is the next."""
     last_stage_layers: int = 0
 
     def __post_init__(self) -> None:
-        if self.world_size % (self.tp * self.cp * self.pp) or self.stage_size % self.ep:
+        if self.world_size % (self.tp * self.cp * self.pp) or self.stage_size % (self.ep * self.etp):
             raise UsageError(
                 f"{self.world_size} ranks cannot be laid out as tp {self.tp} x cp {self.cp} x pp {self.pp} with ep "
-                f"{self.ep}; choose sizes whose products divide"
+                f"{self.ep} x etp {self.etp}; choose sizes whose products divide"
             )
 
     @classmethod
     def of(cls, actor: ActorConfig, world_size: int) -> "ActorLayout":
         """The layout that a configuration asks for."""
-        return cls(world_size, actor.tp, actor.pp, actor.vp, actor.cp, actor.ep, actor.first_stage_layers,
-                   actor.last_stage_layers)  # fmt: skip
+        names = ("tp", "pp", "vp", "cp", "ep", "etp", "first_stage_layers", "last_stage_layers")
+        return cls(world_size, **{name: getattr(actor, name) for name in names})
 
     @property
     def stage_size(self) -> int:
         """Ranks of a pipeline stage."""
         return self.world_size // self.pp
+
+    def expert_owner(self, expert: np.ndarray, num_experts: int) -> np.ndarray:
+        """The expert-parallel rank that holds each expert, dealt out in blocks; -1 for -1, which is no expert."""
+        return expert // max(1, num_experts // self.ep)
 
     def stage_layers(self, stage: int, num_layers: int) -> np.ndarray:
         """The layers on a pipeline stage, ascending; interleaved stages hold several runs of them."""

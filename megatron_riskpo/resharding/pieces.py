@@ -14,6 +14,7 @@ from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.checkpoint.weight_map.base import QKV, STACKED, ModelShape, Rule, padded_vocab_size
 from megatron_riskpo.checkpoint.weight_map.shapes import hf_shapes
 from megatron_riskpo.errors import UsageError
+from megatron_riskpo.resharding.layouts import ActorLayout
 
 VLLM_VOCAB_PADDING = 64
 
@@ -39,7 +40,7 @@ class Piece:
     dim: int
     """The dimension that either side cuts; 0 where neither does."""
     is_split: bool
-    """Whether the actor's tensor-parallel ranks hold different parts."""
+    """Whether tensor parallelism cuts it, be it that of experts."""
 
     @property
     def length(self) -> int:
@@ -54,6 +55,12 @@ class Piece:
     @property
     def is_expert(self) -> bool:
         return self.rule.is_expert
+
+    def num_shards(self, actor: ActorLayout) -> int:
+        """Parts that the actor's ranks hold one each of: rank r holds part r % num_shards."""
+        if not self.is_split:
+            return 1
+        return actor.etp if self.is_expert else actor.tp
 
     @property
     def is_layer(self) -> bool:
@@ -80,26 +87,22 @@ class Model:
 
 
 def _pieces(rule: Rule, hf_config: Mapping[str, Any]) -> list[Piece]:
-    dim = rule.shard_dim or 0
-    if rule.is_expert:
-        # Whole on the actor's side; vLLM splits gate and up by rows, down by columns.
-        dim = 0 if rule.fusion is STACKED else 1
-    is_split = rule.shard_dim is not None
+    dim, is_split = rule.shard_dim or 0, rule.shard_dim is not None
     return [Piece(rule, i, shape, dim, is_split) for i, shape in enumerate(hf_shapes(rule, hf_config))]
 
 
-def source_width(piece: Piece, model: ModelShape, tp: int) -> int:
+def source_width(piece: Piece, model: ModelShape, actor: ActorLayout) -> int:
     """Indices of the cut dimension on an actor rank (with a padded vocabulary more than there are, at the end)."""
-    if not piece.is_split:
-        return piece.length
+    shards = piece.num_shards(actor)
     if piece.rule.is_vocab:
-        return padded_vocab_size(piece.length, tp) // tp
-    return _divided(piece, tp, "actor.tp", model.head_dim if piece.rule.fusion is QKV else 1)
+        return padded_vocab_size(piece.length, shards) // shards
+    option = "actor.etp" if piece.is_expert else "actor.tp"
+    return _divided(piece, shards, option, model.head_dim if piece.rule.fusion is QKV else 1)
 
 
-def source_place(piece: Piece, model: ModelShape, tp: int) -> Place:
+def source_place(piece: Piece, model: ModelShape, actor: ActorLayout) -> Place:
     """In an actor rank's Megatron parameter."""
-    width = source_width(piece, model, tp)
+    width = source_width(piece, model, actor)
     if piece.rule.fusion is QKV:
         size = model.head_dim
         queries = model.num_attention_heads // model.num_key_value_heads * size
@@ -115,7 +118,7 @@ def target_interval(piece: Piece, model: ModelShape, tp: int, tp_rank: int, *, w
     if piece.rule.is_vocab:
         rows = target_rows(piece, tp)
         return min(tp_rank * rows, piece.length), min((tp_rank + 1) * rows, piece.length)
-    if not piece.is_split and not piece.is_expert:
+    if not piece.is_split:
         return 0, piece.length
     if piece.rule.fusion is QKV and piece.index > 0 and tp > model.num_key_value_heads:
         if tp % model.num_key_value_heads:

@@ -126,11 +126,8 @@ def _is_taken(
 def _split_over_shards(
     layout: BridgeLayout, stream: Stream, entry: np.ndarray, start: np.ndarray, stop: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The wanted entries' intervals cut where the actor's tensor-parallel ranks meet: entry, shard, start, stop."""
-    model = layout.model
-    widths = np.array([source_width(piece, model.shape, layout.actor.tp) for piece in model.pieces])[
-        stream.piece[entry]
-    ]
+    """The wanted entries' intervals cut where the parts of the actor's ranks meet: entry, shard, start, stop."""
+    widths = _widths(layout)[stream.piece[entry]]
     start, stop = start[entry], stop[entry]
     lowest, num_shards = start // widths, (stop - 1) // widths - start // widths + 1
     index = np.repeat(np.arange(len(entry)), num_shards)
@@ -142,9 +139,8 @@ def _split_over_shards(
 
 def _first_owner(layout: BridgeLayout, stream: Stream, entry: np.ndarray, shard: np.ndarray) -> np.ndarray:
     """Distance of the lowest owner from the first rank of its stage."""
-    experts_per_rank = max(1, layout.model.shape.num_experts // layout.actor.ep)
-    expert = stream.expert[entry]
-    return np.where(expert >= 0, expert // experts_per_rank, shard)
+    owner = layout.actor.expert_owner(stream.expert[entry], layout.model.shape.num_experts)
+    return np.where(owner >= 0, owner * layout.actor.etp, 0) + shard
 
 
 def _chosen_source(
@@ -178,7 +174,7 @@ def _sends(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray:
         end = np.minimum(stop, intervals.stop[stream.piece[entry]])
         wanted = np.flatnonzero((end > begin) & intervals.holds(stream.expert[entry]))
         destination = layout.rollout.rank(0, tp_rank) + replica * layout.rollout.tp
-        shard = np.full(len(wanted), rank % layout.actor.tp) * _is_split(layout, stream, entry[wanted])
+        shard = _held_shards(layout, rank)[stream.piece[entry[wanted]]]
         source = _chosen_source(layout, schedule, stage, entry[wanted], shard, destination, replica)
         taken = _is_taken(layout, stream, stage, destination[:, 0], replica[:, 0])[:, entry[wanted]]
         row, column = np.nonzero((source == rank) & (destination != rank) & taken)
@@ -188,20 +184,25 @@ def _sends(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _is_split(layout: BridgeLayout, stream: Stream, entry: np.ndarray) -> np.ndarray:
-    return np.array([piece.is_split for piece in layout.model.pieces])[stream.piece[entry]]
+def _widths(layout: BridgeLayout) -> np.ndarray:
+    """int64 [pieces]: indices of the cut dimension on an actor rank."""
+    return np.array([source_width(piece, layout.model.shape, layout.actor) for piece in layout.model.pieces])
+
+
+def _held_shards(layout: BridgeLayout, rank: int) -> np.ndarray:
+    """int64 [pieces]: which part of each piece an actor rank holds."""
+    return np.array([rank % piece.num_shards(layout.actor) for piece in layout.model.pieces])
 
 
 def _held(layout: BridgeLayout, stream: Stream, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Entries of its stage that a rank holds a part of, and the [start, stop) of that part."""
     model, actor = layout.model, layout.actor
-    in_stage = rank % actor.stage_size
-    owner = stream.expert // max(1, model.shape.num_experts // actor.ep)
-    entry = np.flatnonzero((stream.expert < 0) | (owner == in_stage % actor.ep))
-    widths = np.array([source_width(piece, model.shape, actor.tp) for piece in model.pieces])[stream.piece[entry]]
-    lengths = np.array([piece.length for piece in model.pieces])[stream.piece[entry]]
-    start = in_stage % actor.tp * widths * _is_split(layout, stream, entry)
-    return entry, start, np.minimum(start + widths, lengths)
+    owner = actor.expert_owner(stream.expert, model.shape.num_experts)
+    entry = np.flatnonzero((owner < 0) | (owner == rank % actor.stage_size // actor.etp % actor.ep))
+    widths, lengths = _widths(layout), np.array([piece.length for piece in model.pieces])
+    start = _held_shards(layout, rank) * widths
+    ends = np.minimum(start + widths, lengths)
+    return entry, start[stream.piece[entry]], ends[stream.piece[entry]]
 
 
 def _transfers(

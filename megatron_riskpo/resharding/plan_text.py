@@ -62,8 +62,9 @@ def summary(layout: BridgeLayout) -> list[str]:
     """The whole plan: a line a rank, the first ones."""
     actor, rollout, schedule = layout.actor, layout.rollout, make_schedule(layout)
     lines = [
-        f"actor: {actor.world_size} ranks, tp {actor.tp}, pp {actor.pp}, vp {actor.vp}, cp {actor.cp}, ep {actor.ep}; "
-        f"rollout: {rollout.replicas} engines, tp {rollout.tp}{', expert-parallel' * rollout.expert_parallel}",
+        f"actor: {actor.world_size} ranks, tp {actor.tp}, pp {actor.pp}, vp {actor.vp}, cp {actor.cp}, ep {actor.ep}, "
+        f"etp {actor.etp}; rollout: {rollout.replicas} engines, tp {rollout.tp}"
+        f"{', expert-parallel' * rollout.expert_parallel}",
         f"{layout.num_turns} x {schedule.num_chunks} rounds, of at most {layout.bucket_bytes / 2**20:g} MiB sent and "
         f"received a rank; {sum(len(stream) for stream in schedule.streams)} tensors",
         "rank     receives MiB   from itself   from its node   from others   sends MiB   largest round MiB",

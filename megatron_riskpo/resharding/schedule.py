@@ -158,7 +158,7 @@ def _sent(layout: BridgeLayout, stage: int, received: np.ndarray) -> np.ndarray:
     copies = np.maximum(1, received.sum(axis=0) // np.array([piece.length for piece in model.pieces]))
     if rollout.expert_parallel:
         copies[[piece.is_expert for piece in model.pieces]] = 1
-    held = np.array([source_width(piece, model.shape, actor.tp) for piece in model.pieces])
+    held = np.array([source_width(piece, model.shape, actor) for piece in model.pieces])
     return np.array([serves[int(step)] for step in steps]) * copies * held
 
 
@@ -175,6 +175,5 @@ def _receive_loads(layout: BridgeLayout, stream: Stream, received: np.ndarray) -
 
 
 def _send_loads(layout: BridgeLayout, stream: Stream, sent: np.ndarray) -> np.ndarray:
-    ep = layout.actor.ep
-    owner = np.where(stream.expert < 0, -1, stream.expert // max(1, layout.model.shape.num_experts // ep))
-    return np.stack([sent[stream.piece] * ((owner < 0) | (owner == rank)) for rank in range(ep)])
+    owner = layout.actor.expert_owner(stream.expert, layout.model.shape.num_experts)
+    return np.stack([sent[stream.piece] * ((owner < 0) | (owner == rank)) for rank in range(layout.actor.ep)])

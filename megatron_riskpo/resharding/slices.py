@@ -108,13 +108,12 @@ def as_matrix(tensor: Tensor) -> Tensor:
 def source_slice(layout: BridgeLayout, rank: int, transfer: np.void) -> SourceSlice:
     """What sending rank `rank` takes."""
     piece, actor, shape = layout.model.pieces[transfer["piece"]], layout.actor, layout.model.shape
-    shard = rank % actor.tp if piece.is_split else 0
-    before = shard * source_width(piece, shape, actor.tp)
+    before = rank % piece.num_shards(actor) * source_width(piece, shape, actor)
     name = piece.rule.megatron.format(layer=transfer["layer"], expert=transfer["expert"])
     is_copy = piece.rule.is_vocab and actor.pp > 1 and rank // actor.stage_size == actor.pp - 1
     start, stop = int(transfer["start"]) - before, int(transfer["stop"]) - before
     return SourceSlice(
-        "output_layer.weight" if is_copy else name, source_place(piece, shape, actor.tp), piece.dim, start, stop,
+        "output_layer.weight" if is_copy else name, source_place(piece, shape, actor), piece.dim, start, stop,
         int(transfer["low"]), int(transfer["high"]),
     )  # fmt: skip
 

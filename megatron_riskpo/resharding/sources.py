@@ -1,7 +1,8 @@
 """Which of the ranks that hold a number gives it to a rollout rank: itself, one of its node, else all in turn.
 
 The ranks that hold a part of a tensor are `first + period * j`, j < count: the data- and context-parallel replicas of a
-tensor-parallel rank (period tp), all ranks of a stage (1), or the ranks with an expert (ep). So nothing is searched.
+tensor-parallel rank (period tp), all ranks of a stage (1), or the ranks with the same part of an expert (ep * etp). So
+nothing is searched.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from megatron_riskpo.resharding.pieces import Model
 
 def owner_steps(model: Model, actor: ActorLayout) -> np.ndarray:
     """int64 [pieces]: distance of the ranks that hold the same part of a piece."""
-    steps = [actor.ep if p.is_expert else actor.tp if p.is_split else 1 for p in model.pieces]
+    steps = [p.num_shards(actor) * (actor.ep if p.is_expert else 1) for p in model.pieces]
     return np.array(steps, dtype=np.int64)
 
 

@@ -38,7 +38,8 @@ def layouts() -> list[tuple[ActorConfig, set[str]]]:
     experts = {family for family in FAMILIES if "moe" in family or family == "mixtral"}
     return [
         (ActorConfig(tp=2, pp=2), FAMILIES.keys() - experts),
-        (ActorConfig(tp=2, ep=2, pp=2, sequence_parallel=True), experts),
+        (ActorConfig(tp=2, ep=2, pp=2, sequence_parallel=True), experts - {"mixtral"}),
+        (ActorConfig(ep=2, etp=2), {"mixtral"}),
     ]
 
 

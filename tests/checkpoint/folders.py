@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_riskpo.checkpoint.manifest import Manifest, describe_file, list_files, publish, write_manifest
 
-LAYOUT = {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "dp": 4}
+LAYOUT = {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 4}
 CONFIG_HASH = "0123456789abcdef"
 
 

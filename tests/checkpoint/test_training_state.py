@@ -190,6 +190,6 @@ def test_hyperparameters_are_those_of_the_present_configuration(one):
 def test_manifest_says_what_is_inside(two, folder):
     path = latest_complete(folder / "saved" / "tp2")
     manifest = read_manifest(path)
-    assert manifest.layout == {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "dp": 1}
+    assert manifest.layout == {"tp": 2, "pp": 1, "vp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
     assert {"state.json", "rng_0.pt", "rng_1.pt", "megatron/.metadata"} <= manifest.files.keys()
     assert manifest.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]

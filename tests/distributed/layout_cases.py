@@ -120,6 +120,7 @@ LAYOUTS: dict[int, dict[str, ActorConfig]] = {
         "dp2, 2 mini-batches": _layout(mini_batches=2),
         "ep2": _layout(ep=2),
         "ep2 distributed optimizer": _layout(ep=2, distributed_optimizer=True),
+        "etp2": _layout(etp=2),
     },
     4: {
         "tp2 pp2 sp": _layout(tp=2, pp=2, sequence_parallel=True),
@@ -133,6 +134,9 @@ LAYOUTS: dict[int, dict[str, ActorConfig]] = {
         "tp2 ep2 sp": _layout(tp=2, ep=2, sequence_parallel=True),
         "pp2 ep2 dp2 distributed optimizer": _layout(pp=2, ep=2, distributed_optimizer=True),
         "cp2 ep4": _layout(cp=2, ep=4),
+        "tp2 ep2 etp2 sp": _layout(tp=2, ep=2, etp=2, sequence_parallel=True),
+        "tp2 etp4 sp distributed optimizer": _layout(tp=2, etp=4, sequence_parallel=True, distributed_optimizer=True),
+        "pp2 etp2 distributed optimizer": _layout(pp=2, etp=2, distributed_optimizer=True),
     },
 }
 
@@ -148,7 +152,7 @@ def applies(config: ActorConfig, model: str) -> bool:
     """Experts need a model that has them; Megatron splits their layers only together with the sequence."""
     if model == "moe":
         return config.tp == 1 or config.sequence_parallel
-    return config.ep == 1
+    return config.ep == config.etp == 1
 
 
 def run(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -47,6 +47,7 @@ CASES: dict[int, dict[str, tuple[str, str, ActorConfig]]] = {
         "pp2 vp2": ("dense", "float32", _layout(pp=2, vp=2)),
         "cp2": ("dense", "float32", _layout(cp=2)),
         "ep2": ("moe", "bfloat16", _layout(ep=2)),
+        "etp2": ("moe", "float32", _layout(etp=2)),
     },
 }
 """By number of ranks: model, dtype, layout."""

@@ -286,6 +286,11 @@ WRONG = {
         3,
         {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512},
     ),
+    "expert_split": (
+        ["--actor.etp", "3"],
+        3,
+        {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512},
+    ),
     "sequence_parallel": (["--actor.sequence_parallel", "true"], 1, {}),
     "engine_layout": (["--actor.cp", "2"], 2, {}),
     "engine_split": (["--rollout.engine", "vllm", "--rollout.tp", "3"], 3, {}),

@@ -57,7 +57,9 @@ def actor_layouts(draw: st.DrawFn, config: dict[str, Any], max_ranks: int = 64) 
     dp = draw(st.integers(1, room // cp))
     stage = tp * cp * dp
     ep = draw(st.sampled_from(divisors(experts, stage, up_to=8))) if experts else 1
-    return ActorLayout(stage * pp, tp, pp, vp, cp, ep, first, last)
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    etp = draw(st.sampled_from(divisors(width, stage // ep, up_to=8))) if experts else 1
+    return ActorLayout(stage * pp, tp, pp, vp, cp, ep, etp, first, last)
 
 
 @st.composite

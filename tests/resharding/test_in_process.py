@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 FAMILIES = {"qwen2": True, "qwen3": True, "llama": False, "mistral": False, "qwen3_moe": False, "mixtral": False}
 """By family whether its embeddings are tied."""
-WITH_EXPERTS = ("qwen3_moe", "mixtral")
+WITH_EXPERTS = {"qwen3_moe": {"ep": 2}, "mixtral": {"etp": 2}}
 TP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[int, list[dict[str, Any]]] = {2: [TP, {"pp": 2}], 4: [TP | {"pp": 2}]}
 OF_FOUR_RANKS = ("qwen2", "qwen3_moe")
@@ -37,9 +37,10 @@ def cases_of(folder: Path, num_ranks: int) -> list[Case]:
     cases: list[Case] = []
     for family in FAMILIES if num_ranks == 2 else OF_FOUR_RANKS:
         make_tiny(folder / family, family, tied=FAMILIES[family], seed=0)
-        # Experts are dealt out over the ranks of a stage: pp = 2 leaves one of two ranks.
+        # Experts are dealt out, or split, over the ranks of a stage: pp = 2 leaves one of two ranks.
         layouts = [
-            layout | {"ep": 2} if family in WITH_EXPERTS and "tp" in layout else layout for layout in LAYOUTS[num_ranks]
+            layout | WITH_EXPERTS[family] if family in WITH_EXPERTS and "tp" in layout else layout
+            for layout in LAYOUTS[num_ranks]
         ]
         cases.append((family, layouts, [{"tp": 1}, {"tp": 2}, *[WHOLE_EXPERTS] * (family in WITH_EXPERTS)]))
     if num_ranks == 2:

@@ -106,7 +106,8 @@ def owners_of(layout: BridgeLayout, t: np.void) -> set[int]:
     ranks = range(stage * actor.stage_size, (stage + 1) * actor.stage_size)
     if piece.is_expert:
         owner = t["expert"] // (layout.model.shape.num_experts // actor.ep)
-        return {rank for rank in ranks if (rank - ranks[0]) % actor.ep == owner}
+        part = t["start"] // (piece.length // actor.etp)
+        return {r for r in ranks if (r - ranks[0]) % (actor.ep * actor.etp) == owner * actor.etp + part}
     if not piece.is_split:
         return set(ranks)
     length = padded_vocab_size(piece.length, actor.tp) if piece.rule.is_vocab else piece.length
@@ -191,6 +192,8 @@ def test_what_does_not_divide_is_refused(actor, rollout, options, message):
         plan_rank(layout_of(actor, rollout, **options), 0)
     with pytest.raises(UsageError, match="cannot be laid out"):
         ActorLayout(6, tp=4)
+    with pytest.raises(UsageError, match=r"4 ranks .* with ep 2 x etp 4; choose"):
+        ActorLayout(4, ep=2, etp=4)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))

@@ -23,7 +23,7 @@ def config(tmp_path_factory):
 def test_a_line_a_rank_with_its_bytes(config, capsys):
     assert main(["plan", "--bridge", "--gpus", "8", "--gpus-per-node", "4", str(config)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "actor: 8 ranks, tp 2, pp 2, vp 1, cp 1, ep 1; rollout: 4 engines, tp 2"
+    assert lines[0] == "actor: 8 ranks, tp 2, pp 2, vp 1, cp 1, ep 1, etp 1; rollout: 4 engines, tp 2"
     options = load_config(TrainConfig, config, [])
     layout = planned_layout(options, load_model_config(options.model.path), 8, 4)
     for rank, line in enumerate(lines[3:]):

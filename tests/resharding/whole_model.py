@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +45,13 @@ def _stage_of_layer(layout: BridgeLayout, layer: int) -> int:
 def actor_parameters(layout: BridgeLayout, rank: int) -> dict[str, Tensor]:
     """Megatron parameters of a rank, fused from its pieces as the loader does."""
     stage, in_stage = divmod(rank, layout.actor.world_size // layout.actor.pp)
-    return _held(layout, stage, in_stage % layout.actor.tp, in_stage % layout.actor.ep)
+    of_experts = np.arange(layout.actor.stage_size).reshape(-1, layout.actor.ep, layout.actor.etp)
+    _, ep_rank, etp_rank = (int(index[0]) for index in np.nonzero(of_experts == in_stage))
+    return _held(layout, stage, in_stage % layout.actor.tp, ep_rank, etp_rank)
 
 
 @lru_cache(maxsize=64)
-def _held(layout: BridgeLayout, stage: int, tp_rank: int, ep_rank: int) -> dict[str, Tensor]:
+def _held(layout: BridgeLayout, stage: int, tp_rank: int, ep_rank: int, etp_rank: int) -> dict[str, Tensor]:
     actor, shape, held = layout.actor, layout.model.shape, {}
     for rule, tensors in _rules(layout):
         names = [rule.megatron]
@@ -66,7 +69,8 @@ def _held(layout: BridgeLayout, stage: int, tp_rank: int, ep_rank: int) -> dict[
         if rule.is_vocab:
             tensors = [pad_vocab(tensor, padded_vocab_size(shape.vocab_size, actor.tp)) for tensor in tensors]
         if rule.shard_dim is not None:
-            tensors = [tensor.chunk(actor.tp, dim=rule.shard_dim)[tp_rank] for tensor in tensors]
+            size, part = (actor.tp, tp_rank) if rule.expert is None else (actor.etp, etp_rank)
+            tensors = [tensor.chunk(size, dim=rule.shard_dim)[part] for tensor in tensors]
         for name in names:
             held[name] = rule.fusion.fuse(tensors, shape)
     return held

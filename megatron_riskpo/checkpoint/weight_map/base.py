@@ -44,7 +44,8 @@ class Rule:
     megatron: str
     hf: tuple[str, ...]
     shard_dim: int | None
-    """Dimension of each Hugging Face tensor that tensor parallelism splits; None: every rank has the whole."""
+    """Dimension of each Hugging Face tensor that tensor parallelism splits (of an expert's, expert tensor parallelism);
+    None: every rank has the whole."""
     fusion: Fusion
     is_vocab: bool = False
     """Dimension 0 counts vocabulary entries, padded so that the tensor-parallel size divides it."""

@@ -55,13 +55,13 @@ GATED_MLP = (
 def gated_experts(router: str, expert: str, projections: tuple[str, str, str]) -> tuple[Rule, ...]:
     """A router and experts: Hugging Face's names within a layer, `expert` up to the projections (gate, up, down).
 
-    Experts are dealt out to the expert-parallel ranks, none is split.
+    Experts are dealt out to the expert-parallel ranks; what splits one is expert tensor parallelism.
     """
     gate, up, down = (f"{_HF_LAYER}{expert}{name}.weight" for name in projections)
     return (
         _whole("mlp.router.weight", f"{router}.weight"),
-        Rule(_EXPERT + "linear_fc1.weight", (gate, up), None, STACKED),
-        Rule(_EXPERT + "linear_fc2.weight", (down,), None, SINGLE),
+        Rule(_EXPERT + "linear_fc1.weight", (gate, up), 0, STACKED),
+        Rule(_EXPERT + "linear_fc2.weight", (down,), 1, SINGLE),
     )
 
 
