@@ -17,7 +17,7 @@ from megatron_riskpo.checkpoint.manifest import (
     remove_checkpoint,
     step_folders,
 )
-from tests.checkpoint.folders import flip_byte, truncate, write_checkpoint
+from tests.checkpoint.folders import LAYOUT, flip_byte, truncate, write_checkpoint
 
 
 @pytest.fixture
@@ -52,6 +52,15 @@ DAMAGES = {
 def test_newest_is_by_number(folder):
     assert latest_complete(folder) == folder / "step_10"
     assert (folder / "latest").read_text() == "step_10\n"
+
+
+def test_manifest_without_the_split_of_experts_is_of_whole_ones(folder):
+    """Of before they could be split; else a resume would take it for another layout, and seed anew."""
+    manifest = folder / "step_10" / MANIFEST
+    document = json.loads(manifest.read_text())
+    assert document["layout"].pop("etp") == 1
+    manifest.write_text(json.dumps(document))
+    assert read_manifest(folder / "step_10").layout == LAYOUT
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
