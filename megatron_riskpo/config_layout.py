@@ -195,8 +195,7 @@ def sequence_parallel(setup: Setup) -> str | None:
 
 def layout_words(actor: Mapping[str, Any], world_size: int) -> str:
     """tp 8 pp 4 dp 2 ..., sizes of 1 left out. `actor`: ActorConfig as a dict, such as a run's record has."""
-    # Records of earlier versions have no etp.
-    sizes = {name: actor.get(name, 1) for name in ("tp", "pp", "vp", "cp", "ep", "etp")}
+    sizes = {name: actor[name] for name in ("tp", "pp", "vp", "cp", "ep", "etp")}
     sizes["dp"] = world_size // (actor["tp"] * actor["cp"] * actor["pp"])
     words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     words += [f"recompute {actor['recompute']}"] * (actor["recompute"] != "none")

@@ -25,7 +25,7 @@ class Wait:
     @property
     def options(self) -> list[str]:
         """To lower."""
-        return [term.split()[-1] for term in self.terms]
+        return [term.split()[-1] for term in self.terms if "." in term]
 
     def __str__(self) -> str:
         return f"{' + '.join(self.terms)} = {' + '.join(f'{seconds:g}' for seconds in self.terms.values())}"
@@ -41,13 +41,17 @@ def server_waits(config: TrainConfig) -> list[Wait]:
         waits = [Wait({"server.health_timeout_s": server.health_timeout_s}, "for servers that are there")]
     else:
         terms = {"server.start_timeout_s": server.start_timeout_s, "server.push_timeout_s": server.push_timeout_s}
-        waits = [Wait(terms, "for a server that is started again before a push")]
+        waits = [
+            Wait(terms | {f"{LOOK_AROUND_S:g}": LOOK_AROUND_S}, "for a server that is started again before a push")
+        ]
     if transport_of(config) == "network":
         waits.append(Wait({"bridge.timeout_s": bridge.timeout_s}, "for a group with the servers' workers"))
         waits.append(Wait({"server.push_timeout_s": server.push_timeout_s}, "for servers that get weights"))
     else:
-        # With files, to which shared memory falls back, two buckets are under way when the last has been written.
-        waits.append(Wait({"3 * server.push_timeout_s": 3 * server.push_timeout_s}, "for the end of a push"))
+        # With files, to which shared memory falls back, four buckets may have to be loaded once the last tensor has
+        # been gathered: two under way, and two to be written.
+        parts = 2 if server.transport == "shared_memory" else 5
+        waits.append(Wait({f"{parts} * server.push_timeout_s": parts * server.push_timeout_s}, "for the end of a push"))
     if bridge.verify == "probe":
         waits.append(Wait({"server.request_timeout_s": server.request_timeout_s}, "for the log-probs of bridge.verify"))
     return waits

@@ -28,8 +28,15 @@ def config(
 @pytest.mark.parametrize(
     ("wrong", "terms"),
     [
-        (config(server={"start_timeout_s": 481}), "server.start_timeout_s + server.push_timeout_s = 481 + 120"),
-        (config(server={"push_timeout_s": 201}), "3 * server.push_timeout_s = 603"),
+        (
+            config(server={"start_timeout_s": 471}),
+            "server.start_timeout_s + server.push_timeout_s + 10 = 471 + 120 + 10",
+        ),
+        (config(server={"push_timeout_s": 121}), "5 * server.push_timeout_s = 605"),
+        (
+            config(server={"push_timeout_s": 301, "start_timeout_s": 9, "transport": "shared_memory"}),
+            "2 * server.push_timeout_s = 602",
+        ),
         (config(rollout=GIVEN, server={"push_timeout_s": 601}), "server.push_timeout_s = 601"),
         (config(rollout=GIVEN, server={"health_timeout_s": 700}), "server.health_timeout_s = 700"),
         (config(rollout=GIVEN, timeout_s=601), "bridge.timeout_s = 601"),
@@ -58,23 +65,26 @@ def test_a_wait_that_the_other_ranks_do_not_sit_out_is_refused(wrong, terms):
         config(rollout=GIVEN, server={"start_timeout_s": 9000}),
         config(rollout={"placement": "colocated"}, server={"push_timeout_s": 9000}),
         config(server={"request_timeout_s": 9000}),  # ranks that wait for responses meet meanwhile
-        config(server={"push_timeout_s": 300, "transport": "network"}),
+        config(server={"push_timeout_s": 290, "transport": "network"}),
     ],
 )
 def test_what_the_other_ranks_sit_out_is_accepted(right):
     assert collective_timeout(Setup(right, 1, {})) is None
 
 
-def test_a_restart_ends_before_the_other_ranks_give_up():
-    assert restart_limit_s(config()) + 120 < 600
+@pytest.mark.parametrize(("run", "start", "push"), [(600, 470, 120), (600, 300, 120), (60, 40, 10), (15, 2, 3)])
+def test_whatever_is_accepted_a_restart_has_its_time_and_the_others_wait_for_it(run, start, push):
+    accepted = config({"timeout_s": run}, server={"start_timeout_s": start, "push_timeout_s": push})
+    assert collective_timeout(Setup(accepted, 2, {})) is None
+    assert start <= restart_limit_s(accepted) <= run - push
 
 
 @pytest.mark.parametrize(
     ("limit", "rollout", "longest"),
     [
         (0, {}, None),
-        (921, {}, None),
-        (920, {}, "server.start_timeout_s + server.push_timeout_s = 800 + 120"),
+        (931, {}, None),
+        (930, {}, "server.start_timeout_s + server.push_timeout_s + 10 = 800 + 120 + 10"),
         (600, GIVEN, "server.request_timeout_s = 600"),
         (601, GIVEN, None),
     ],

@@ -138,11 +138,11 @@ def build_policy_model(
 
 
 def _reduce_over_experts(model: PolicyModel) -> None:
-    """Let the gradients of experts be summed over the ranks that hold the same expert.
+    """Let the gradients of experts be summed over the ranks that hold the same part of the same expert.
 
-    Megatron marks them so only where expert_model_parallel_size > 1. But those ranks are not the replicas of other
-    weights wherever experts are split otherwise than these: with tensor parallelism and whole experts, its ranks hold
-    the same experts too, and see different tokens.
+    Megatron marks them so only where expert_model_parallel_size > 1, and else sums over the replicas of the other
+    weights. Those are other ranks wherever tp and etp differ: with tensor parallelism and whole experts all of its
+    ranks hold the same experts, and see different tokens.
     """
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:

@@ -49,7 +49,8 @@ def read_run(run_dir: Path) -> ScalingRun:
     rows = [row for row in read_metrics(run_dir) if row["step"] > WARM_UP_STEPS and row.get("time/update_s")]
     if not rows:
         raise UsageError(f"{run_dir} has no step behind the first {WARM_UP_STEPS}, which do not count; train longer")
-    actor, rollout, data = config["actor"], config["rollout"], config["data"]
+    # Records of earlier versions have no etp.
+    actor, rollout, data = {"etp": 1} | config["actor"], config["rollout"], config["data"]
     step_s = median(_step_seconds(row) for row in rows)
     phases = {name: median(_phases(row).get(name, 0.0) for row in rows) / step_s for name in _phases(rows[-1])}
     mfu = [row["perf/mfu"] for row in rows if row.get("perf/mfu")]

@@ -2,10 +2,11 @@
 
 import math
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.config import PROBE_LENGTH, BridgeConfig
@@ -64,7 +65,7 @@ class Bridge:
 
     def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:
         expected = self.actor.logprobs(self.probe, temperature=1.0)
-        found = torch.cat(engine.token_logprobs([s.tolist() for s in self.probe.sequences()]))
+        found = torch.cat(self._scores(engine))
         # Infinity in place of NaN: a MAX over ranks may drop a NaN.
         worst = (found - expected).abs().mean().nan_to_num(nan=math.inf).to(self.actor.grid.device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.actor.grid.world)
@@ -76,6 +77,19 @@ class Bridge:
                 "bridge.tolerance for a lower-precision dtype)"
             )
         return {"bridge/verify_logprob_abs_mean": difference}
+
+    def _scores(self, engine: ScoringEngine) -> list[Tensor]:
+        """The engine's log-probs of the probe; RunError on every rank where it fails for one."""
+        scores, problem = [], ""
+        try:
+            scores = engine.token_logprobs([s.tolist() for s in self.probe.sequences()])
+        except RunError as error:
+            problem = str(error)
+        problems: list[Any] = [""] * self.actor.grid.world.size()
+        dist.all_gather_object(problems, problem, group=self.actor.grid.world)
+        if any(problems):
+            raise RunError(next(filter(None, problems)))
+        return scores
 
 
 def _in_process(actor: Actor, engine: RolloutEngine, config: BridgeConfig) -> "InProcessPush | None":

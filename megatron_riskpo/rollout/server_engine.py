@@ -272,9 +272,13 @@ class ServerEngine:
         return outcome[0]
 
     def _candidates(self) -> list[Server]:
-        """Rank 0's: the servers that can take weights. RunError where there are none any more."""
+        """Rank 0's: the servers that can take weights. RunError where there are none any more. Those that cannot, and
+        would not be missed by a push, are started again."""
         assert self._fleet is not None
-        return self._loop.run(self._pool.ready_at(self._fleet.addresses(), _PROBE_S))
+        found = self._loop.run(self._pool.ready_at(self._fleet.addresses(), _PROBE_S))
+        given_up = [server.client.url for server in self._pool.servers if not server.usable]
+        self._fleet.restart_unready([server.client.url for server in found], given_up)
+        return found
 
     def _push_files(self, fleet: ServerFleet, weights: Weights, version: int) -> PushOutcome:
         error = ""
@@ -314,12 +318,15 @@ class ServerEngine:
         usable = self._pool.usable
         if not usable:
             raise RunError(f"no rollout server is left: {self._reasons()}")
-        server = usable[(self._group.rank() + self._weight_version) % len(usable)]
-        try:
-            scores = self._loop.run(server.score_all(sequences, self._config.server.request_timeout_s))
-        except ServerError as error:
-            raise RunError(f"bridge.verify: {error}") from error
-        return [torch.tensor(row, dtype=torch.float32) for row in scores]
+        first = (self._group.rank() + self._weight_version) % len(usable)
+        failures = []
+        for server in [*usable[first:], *usable[:first]]:  # all have the same weights
+            try:
+                scores = self._loop.run(server.score_all(sequences, self._config.server.request_timeout_s))
+                return [torch.tensor(row, dtype=torch.float32) for row in scores]
+            except ServerError as error:
+                failures.append(str(error))
+        raise RunError(f"bridge.verify: {'; '.join(failures)}")
 
     def release(self) -> None:
         """The servers have memory of their own, and may be at work on the next step."""

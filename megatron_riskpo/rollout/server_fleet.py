@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from megatron_riskpo.config_waits import restart_limit_s
@@ -26,6 +26,8 @@ class ServerFleet:
         self._given = list(given)
         self._urls: dict[ServerProcess, str | None] = dict.fromkeys(processes)
         """Where each process that has not failed was last; None: starting."""
+        self._up_at: dict[ServerProcess, float] = {}
+        """Since when (time.monotonic)."""
         self._gone: list[str] = []
         """Why those that are no longer there are not."""
         for process in processes:
@@ -47,6 +49,17 @@ class ServerFleet:
             if url is not None and url in failed:
                 self._restart(process, f"the server at {url} failed")
 
+    def restart_unready(self, ready: Collection[str], given_up: Collection[str]) -> None:
+        """`ready`: the servers that can take weights. Of the others those are started again that the run has given up,
+        also while nobody asked them for anything, and those that have had server.health_timeout_s since they came up;
+        does not wait for them."""
+        for process, url in list(self._urls.items()):
+            if url is None or url in ready:
+                continue
+            late_s = time.monotonic() - self._up_at[process]
+            if url in given_up or late_s > process.config.server.health_timeout_s:
+                self._restart(process, f"the server at {url} cannot take weights")
+
     def addresses(self) -> list[str]:
         """Of the servers that are up. Waits until one is. Raises RunError where none can be any more, or is not by when
         the other ranks would give up."""
@@ -55,6 +68,8 @@ class ServerFleet:
             for process, url in list(self._urls.items()):
                 if url is None:
                     self._look(process)
+                elif process.has_ended:
+                    self._restart(process, f"the server at {url} ended")
             found = [*self._given, *(url for url in self._urls.values() if url is not None)]
             if found:
                 return found
@@ -72,7 +87,7 @@ class ServerFleet:
         """Until each process is healthy. Raises RunError where one does not start: at the beginning of a run that is a
         mistake in its set-up."""
         for process in self._urls:
-            self._urls[process] = process.wait()
+            self._come_up(process, process.wait())
 
     def close(self) -> None:
         """End the processes."""
@@ -80,9 +95,12 @@ class ServerFleet:
             process.stop()
         self._urls = {}
 
+    def _come_up(self, process: ServerProcess, url: str | None) -> None:
+        self._urls[process], self._up_at[process] = url, time.monotonic()
+
     def _look(self, process: ServerProcess) -> None:
         try:
-            self._urls[process] = process.url()
+            self._come_up(process, process.url())
         except RunError as error:
             self._restart(process, str(error))
 

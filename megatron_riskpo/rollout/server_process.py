@@ -79,14 +79,19 @@ class ServerProcess:
         self.start()
         return True
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started and is gone; what it has left, such as its endpoint file, does not tell."""
+        return self._process is not None and self._process.poll() is not None
+
     def url(self) -> str | None:
         """Where it is, or None while it is not healthy. Raises RunError where it ended, or takes too long."""
-        if self.endpoint.exists():
-            return json.loads(self.endpoint.read_text(encoding="utf-8"))["url"]
         timeout_s = self.config.server.start_timeout_s
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self.has_ended:
             code = None if self._process is None else self._process.returncode
             raise RunError(f"rollout server {self.index} ended with exit code {code}: {self._last_line()} ({self.log})")
+        if self.endpoint.exists():
+            return json.loads(self.endpoint.read_text(encoding="utf-8"))["url"]
         if time.monotonic() - self._started > timeout_s:
             raise RunError(
                 f"rollout server {self.index} was not healthy within server.start_timeout_s = {timeout_s:g} s; "

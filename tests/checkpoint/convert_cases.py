@@ -39,7 +39,7 @@ def layouts() -> list[tuple[ActorConfig, set[str]]]:
     return [
         (ActorConfig(tp=2, pp=2), FAMILIES.keys() - experts),
         (ActorConfig(tp=2, ep=2, pp=2, sequence_parallel=True), experts - {"mixtral"}),
-        (ActorConfig(ep=2, etp=2), {"mixtral"}),
+        (ActorConfig(tp=2, pp=2, etp=2, sequence_parallel=True), {"mixtral"}),
     ]
 
 

@@ -30,7 +30,7 @@ MOE: dict[str, Layout] = {
     "ep2 dp4": {"ep": 2},
     "pp2 ep2 dp2": {"pp": 2, "ep": 2},
     "tp2 sp ep4 dp2": {"tp": 2, "sequence_parallel": True, "ep": 4},
-    "tp2 sp ep2 etp2 dp2": {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 2},
+    "cp2 etp2 dp2": {"cp": 2, "etp": 2},
 }
 LAYOUTS: dict[tuple[str, int], dict[str, Layout]] = {
     ("dense", 4): DENSE, ("moe", 4): MOE, ("dense", 1): {"one": {}}, ("moe", 1): {"one": {}},
@@ -43,7 +43,7 @@ PAIRS: dict[str, list[tuple[str, str]]] = {
     "moe": [
         *(("ep2 dp4", "pp2 ep2 dp2"), ("pp2 ep2 dp2", "tp2 sp ep4 dp2"), ("tp2 sp ep4 dp2", "ep2 dp4")),
         *(("pp2 ep2 dp2", "one"), ("tp2 sp ep4 dp2", "one")),
-        *(("tp2 sp ep2 etp2 dp2", "pp2 ep2 dp2"), ("ep2 dp4", "tp2 sp ep2 etp2 dp2")),
+        *(("cp2 etp2 dp2", "pp2 ep2 dp2"), ("ep2 dp4", "cp2 etp2 dp2")),
     ],
 }
 """Saved under, loaded under."""

@@ -135,7 +135,7 @@ LAYOUTS: dict[int, dict[str, ActorConfig]] = {
         "pp2 ep2 dp2 distributed optimizer": _layout(pp=2, ep=2, distributed_optimizer=True),
         "cp2 ep4": _layout(cp=2, ep=4),
         "tp2 ep2 etp2 sp": _layout(tp=2, ep=2, etp=2, sequence_parallel=True),
-        "tp2 etp4 sp distributed optimizer": _layout(tp=2, etp=4, sequence_parallel=True, distributed_optimizer=True),
+        "tp2 etp2 sp distributed optimizer": _layout(tp=2, etp=2, sequence_parallel=True, distributed_optimizer=True),
         "pp2 etp2 distributed optimizer": _layout(pp=2, etp=2, distributed_optimizer=True),
     },
 }

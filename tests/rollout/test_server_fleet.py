@@ -18,12 +18,13 @@ class Process:
     def __init__(self, index: int, restarts_left: int = 1, slow: int = 0) -> None:
         self.index, self.restarts_left, self.slow = index, restarts_left, slow
         self.config = SimpleNamespace(
-            run=SimpleNamespace(timeout_s=30.2), server=SimpleNamespace(max_restarts=restarts_left, push_timeout_s=20.0)
+            run=SimpleNamespace(timeout_s=30.2),
+            server=SimpleNamespace(max_restarts=restarts_left, push_timeout_s=20.0, health_timeout_s=0.1),
         )
-        self.num_starts, self.asked, self.running = 0, 0, False
+        self.num_starts, self.asked, self.running, self.has_ended = 0, 0, False, False
 
     def start(self) -> None:
-        self.num_starts, self.asked, self.running = self.num_starts + 1, 0, True
+        self.num_starts, self.asked, self.running, self.has_ended = self.num_starts + 1, 0, True, False
 
     def restart(self) -> bool:
         if not self.restarts_left:
@@ -63,6 +64,21 @@ def test_a_failed_server_comes_back_under_another_address_and_the_others_go_on()
     assert servers.addresses() == ["http://2:1"]
     assert servers.addresses() == ["http://1:2", "http://2:1"]
     assert lines == ["rollout server 1 is started again (0 more times at most)"]
+
+
+def test_servers_that_die_or_hang_while_nobody_asks_them_are_started_again():
+    dead, hung, given_up, well = (Process(index) for index in range(4))
+    servers, _ = fleet(dead, hung, given_up, well)
+    servers.wait_for_all()
+    dead.has_ended = True
+    assert servers.addresses() == ["http://1:1", "http://2:1", "http://3:1"]
+    servers.restart_unready(ready=["http://3:1"], given_up=["http://2:1"])
+    # One that has only just come up may yet be ready.
+    assert [process.num_starts for process in (dead, hung, given_up, well)] == [2, 1, 2, 1]
+    time.sleep(0.15)
+    servers.restart_unready(ready=["http://3:1"], given_up=[])
+    assert [process.num_starts for process in (dead, hung, given_up, well)] == [2, 2, 2, 1]
+    assert servers.addresses() == ["http://0:2", "http://1:2", "http://2:2", "http://3:1"]
 
 
 def test_restarts_are_bounded_and_the_reason_is_said(monkeypatch):

@@ -18,8 +18,11 @@ _BYTES = ("memory", "counter", "event")
 
 
 def share(storage: torch.UntypedStorage) -> dict[str, Any]:
-    """How to open the storage (JSON-able), as long as it lives here."""
-    values = dict(zip(_FIELDS, storage._share_cuda_(), strict=True))
+    """How to open the storage (JSON-able), as long as it lives here. Raises RunError where it cannot be shared."""
+    try:
+        values = dict(zip(_FIELDS, storage._share_cuda_(), strict=True))
+    except RuntimeError as error:
+        raise RunError(f"weights cannot be shared by CUDA IPC: {' '.join(str(error).split())}") from error
     encoded = {name: base64.b64encode(values[name]).decode() for name in _BYTES}
     return values | encoded | {"machine": machine()}
 

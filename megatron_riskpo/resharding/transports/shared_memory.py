@@ -21,6 +21,7 @@ from megatron_riskpo.errors import RunError
 
 _MEMORY = "/dev/shm"  # torch's shared memory is there
 _MOST_OF_IT = 0.95
+_CHILD_S = 60.0
 
 
 def room() -> int:
@@ -50,7 +51,10 @@ def share(storage: torch.UntypedStorage) -> dict[str, Any]:
 def is_open_to_others(handle: dict[str, Any]) -> bool:
     """Whether another process, of the same user, can open it. The owner itself always can."""
     command = [sys.executable, "-I", "-c", "import os, sys; os.open(sys.argv[1], os.O_RDONLY)", _path(handle)]
-    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    try:
+        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False, timeout=_CHILD_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def open_shared(handle: dict[str, Any]) -> Tensor:
