@@ -116,7 +116,6 @@ def make_push(
         return run, MemorySink(layout, 0, like)
     peers = share_among(parameters, group)
     assert peers is not None
-    peers.own.ready()
     run = WeightPull(plan, peers.of_rank, with_checksums=with_checksums)
     return run, FaultySink(layout, 0, like, fault if rank == VICTIM else "none", folder)
 

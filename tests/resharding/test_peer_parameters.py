@@ -123,7 +123,9 @@ def test_sharing_that_fails_in_the_middle_is_said_by_all(monkeypatch: pytest.Mon
     own = {str(number): torch.ones(3) for number in range(8)}
     with single_rank():
         monkeypatch.setattr(shared_memory, "open_files_left", lambda: 100)  # so it was, when it was asked
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, limits[1]))
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
         try:
             with pytest.raises(
                 RunError, match=r"rank 0: weights cannot be moved into shared memory: .*[Tt]oo many open"
