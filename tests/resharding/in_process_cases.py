@@ -19,8 +19,9 @@ from megatron_riskpo.rollout.vllm_engine import VllmEngine
 from tests.distributed.ranks import release_groups
 
 NUM_UPDATES = 5
-THROUGH_MEMORY = ("qwen2", "qwen3_moe")
-"""Models that are pushed through shared memory, too, and not over gloo alone; the rest is the same code."""
+THROUGH_MEMORY = {2: (), 4: ("qwen2", "qwen3_moe")}
+"""By number of ranks, models that are pushed through shared memory, too, and not over gloo alone. The rest is the same
+code; two ranks and a server: test_server_engine."""
 SMALL_BUCKET_MIB = 0.1
 """Several rounds even for models of a megabyte; a tensor of the embedding's size is cut."""
 
@@ -48,7 +49,7 @@ def outcomes(folder: Path) -> dict[tuple[str, str, str, bool], list[dict[str, fl
             engine = build_engine(folder.parent / name, options)
             for layout in layouts:
                 actor = build_actor(folder.parent / name, layout)
-                for shared in (False, True) if name in THROUGH_MEMORY else (False,):
+                for shared in (False, True) if name in THROUGH_MEMORY[dist.get_world_size()] else (False,):
                     results[name, str(layout), str(options), shared] = _updates(actor, engine, shared=shared)
             engine.close()
             release_groups()

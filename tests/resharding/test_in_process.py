@@ -61,7 +61,7 @@ def run(folder: Path, cases: list[Case], num_ranks: int) -> list[dict]:
 def test_after_each_update_vllm_is_the_actor(tmp_path, num_ranks):
     cases = cases_of(tmp_path, num_ranks)
     ranks = run(tmp_path, cases, num_ranks)
-    num_ways = {name: 1 + (name in in_process_cases.THROUGH_MEMORY) for name, _, _ in cases}
+    num_ways = {name: 1 + (name in in_process_cases.THROUGH_MEMORY[num_ranks]) for name, _, _ in cases}
     assert len(ranks[0]) == sum(num_ways[name] * len(layouts) * len(engines) for name, layouts, engines in cases)
     for case in ranks[0]:
         for rank in ranks:
