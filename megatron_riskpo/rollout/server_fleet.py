@@ -58,7 +58,7 @@ class ServerFleet:
                 continue
             late_s = time.monotonic() - self._up_at[process]
             if url in given_up or late_s > process.config.server.health_timeout_s:
-                self._restart(process, f"the server at {url} cannot take weights")
+                self._give_up(process, f"{url} cannot take weights")
 
     def addresses(self) -> list[str]:
         """Of the servers that are up. Waits until one is. Raises RunError where none can be any more, or is not by when
@@ -69,7 +69,7 @@ class ServerFleet:
                 if url is None:
                     self._look(process)
                 elif process.has_ended:
-                    self._restart(process, f"the server at {url} ended")
+                    self._give_up(process, f"{url} ended")
             found = [*self._given, *(url for url in self._urls.values() if url is not None)]
             if found:
                 return found
@@ -103,6 +103,10 @@ class ServerFleet:
             self._come_up(process, process.url())
         except RunError as error:
             self._restart(process, str(error))
+
+    def _give_up(self, process: ServerProcess, reason: str) -> None:
+        self._log(f"rollout server given up: {reason}")
+        self._restart(process, reason)
 
     def _restart(self, process: ServerProcess, reason: str) -> None:
         if process.restart():

@@ -43,7 +43,7 @@ PAIRS: dict[str, list[tuple[str, str]]] = {
     "moe": [
         *(("ep2 dp4", "pp2 ep2 dp2"), ("pp2 ep2 dp2", "tp2 sp ep4 dp2"), ("tp2 sp ep4 dp2", "ep2 dp4")),
         *(("pp2 ep2 dp2", "one"), ("tp2 sp ep4 dp2", "one")),
-        *(("cp2 etp2 dp2", "pp2 ep2 dp2"), ("ep2 dp4", "cp2 etp2 dp2")),
+        ("cp2 etp2 dp2", "pp2 ep2 dp2"),
     ],
 }
 """Saved under, loaded under."""

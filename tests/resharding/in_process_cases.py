@@ -19,7 +19,7 @@ from megatron_riskpo.rollout.vllm_engine import VllmEngine
 from tests.distributed.ranks import release_groups
 
 NUM_UPDATES = 5
-THROUGH_MEMORY = {2: (), 4: ("qwen2", "qwen3_moe")}
+THROUGH_MEMORY: dict[int, tuple[str, ...]] = {2: (), 4: ("qwen3_moe",)}
 """By number of ranks, models that are pushed through shared memory, too, and not over gloo alone. The rest is the same
 code; two ranks and a server: test_server_engine."""
 SMALL_BUCKET_MIB = 0.1

@@ -134,4 +134,7 @@ def test_an_own_server_that_dies_between_two_pushes_is_started_again(model, tmp_
         engine.update_weights(exporter(model)(), 2)  # by now it is back
         assert [server.version for server in servers] == ["2"] * num_servers
         assert_complete(engine.generate(PROMPTS, SAMPLING, SEEDS), 2)
-    assert lines[-1] == "rollout server 0 is started again (2 more times at most)"
+    assert lines[-2:] == [
+        f"rollout server given up: {servers[0].url} cannot take weights",
+        "rollout server 0 is started again (2 more times at most)",
+    ]
