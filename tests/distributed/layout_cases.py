@@ -120,7 +120,6 @@ LAYOUTS: dict[int, dict[str, ActorConfig]] = {
         "dp2, 2 mini-batches": _layout(mini_batches=2),
         "ep2": _layout(ep=2),
         "ep2 distributed optimizer": _layout(ep=2, distributed_optimizer=True),
-        "etp2": _layout(etp=2),
     },
     4: {
         "tp2 pp2 sp": _layout(tp=2, pp=2, sequence_parallel=True),
@@ -136,7 +135,6 @@ LAYOUTS: dict[int, dict[str, ActorConfig]] = {
         "cp2 ep4": _layout(cp=2, ep=4),
         "tp2 ep2 etp2 sp": _layout(tp=2, ep=2, etp=2, sequence_parallel=True),
         "tp2 etp2 sp distributed optimizer": _layout(tp=2, etp=2, sequence_parallel=True, distributed_optimizer=True),
-        "pp2 etp2 distributed optimizer": _layout(pp=2, etp=2, distributed_optimizer=True),
     },
 }
 

@@ -42,7 +42,7 @@ def cases_of(folder: Path, num_ranks: int) -> list[Case]:
             layout | WITH_EXPERTS[family] if family in WITH_EXPERTS and "tp" in layout else layout
             for layout in LAYOUTS[num_ranks]
         ]
-        cases.append((family, layouts, [{"tp": 1}, {"tp": 2}, *[WHOLE_EXPERTS] * (family in WITH_EXPERTS)]))
+        cases.append((family, layouts, [{"tp": 1}, {"tp": 2}, *[WHOLE_EXPERTS] * (family == "qwen3_moe")]))
     if num_ranks == 2:
         make_tiny(folder / UNEVEN, "qwen3_moe", tied=False, seed=0, num_experts=3, moe_intermediate_size=49)
         cases.append((UNEVEN, [TP], [WHOLE_EXPERTS]))
