@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_riskpo.actor.flops import expert_width, num_experts
-from megatron_riskpo.config_rules import Rule, Setup, multiples, nearest, no_divisor, undivided
+from megatron_riskpo.config_rules import Rule, Setup, common_divisors, multiples, nearest, no_divisor, undivided
 from megatron_riskpo.errors import UsageError
 
 
@@ -128,7 +128,7 @@ def expert_ranks(setup: Setup) -> str | None:
     ep, experts = setup.config.actor.ep, num_experts(setup.model)
     of_a_stage = setup.world_size // setup.config.actor.pp
     if experts % ep or of_a_stage % ep:
-        valid = [n for n in range(1, of_a_stage + 1) if experts % n == 0 and of_a_stage % n == 0]
+        valid = common_divisors(experts, of_a_stage)
         return (
             f"actor.ep = {ep} does not divide both the {experts} experts of a layer and the {of_a_stage} ranks of a "
             f"pipeline stage; use {nearest(valid, ep)}"
@@ -167,7 +167,7 @@ def expert_split(setup: Setup) -> str | None:
         return None
     width, left = expert_width(setup.model), setup.world_size // actor.pp // actor.ep
     if width % actor.etp or left % actor.etp:
-        valid = [n for n in range(1, left + 1) if width % n == 0 and left % n == 0]
+        valid = common_divisors(width, left)
         return (
             f"actor.etp = {actor.etp} does not divide both the {width} columns of an expert and the {left} ranks of a "
             f"pipeline stage that hold the same experts (actor.ep = {actor.ep}); use {nearest(valid, actor.etp)}"

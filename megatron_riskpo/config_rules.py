@@ -31,14 +31,19 @@ def undivided(option: str, tp: int, sizes: Mapping[str, int]) -> str | None:
     """What to say of the first of the model's sizes that tp does not divide, with the nearest tp that divides all."""
     for what, size in sizes.items():
         if size % tp:
-            valid = [n for n in range(1, min(sizes.values()) + 1) if all(other % n == 0 for other in sizes.values())]
+            valid = common_divisors(*sizes.values())
             return f"{option} = {tp} does not divide the model's {size} {what}; use {nearest(valid, tp)}"
     return None
 
 
 def no_divisor(option: str, value: int, total: int, what: str) -> str:
-    valid = [n for n in range(1, total + 1) if total % n == 0]
+    valid = common_divisors(total)
     return f"{option} = {value} does not divide the {total} {what}; use {nearest(valid, value)}"
+
+
+def common_divisors(*sizes: int) -> list[int]:
+    """Of all sizes, ascending."""
+    return [n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes)]
 
 
 def nearest(valid: list[int], value: int) -> str:
