@@ -10,6 +10,7 @@ trap TERMINATED=yes TERM INT
 # shellcheck source=env.sh
 . "${RISKPO_ENV:-$RISKPO_SLURM/env.sh}"
 
+# The number of an array's last task stands for all of its tasks where a command reads it.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
 JOB_DIR=${RISKPO_LOGS:-$SLURM_SUBMIT_DIR/slurm_logs}/$JOB
@@ -70,7 +71,7 @@ trap on_end TERM INT
 
 # TERM to all tasks of the job, which Slurm has sent to them already where it ends the job. Not by srun: it would kill them.
 end_steps() {
-    timeout 20 scancel --quiet --signal=TERM "$SLURM_JOB_ID"
+    timeout 20 scancel --quiet --signal=TERM "$JOB"
 }
 
 # await PID: its exit code, however often a trapped signal interrupts the wait.
@@ -167,6 +168,10 @@ finish() {
         phase done
         exit 0
     fi
+    # TERM goes to the ranks first: they may have ended before it comes here.
+    if shown_job | grep -Eq ' JobState=(CANCELLED|TIMEOUT|COMPLETING) '; then
+        TERMINATED=yes
+    fi
     if [ -n "$WARNED" ] && [ -z "$TERMINATED" ]; then
         requeue_warned
     fi
@@ -248,7 +253,11 @@ stay_if_preempted() {
 }
 
 is_preempted() {
-    timeout 20 scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+    shown_job | grep -q ' PreemptTime=[0-9]'
+}
+
+shown_job() {
+    timeout 20 scontrol --oneliner show job "$JOB"
 }
 
 # Never after TERM: it would bring a cancelled job back to life.
@@ -258,7 +267,7 @@ requeue() {
     trap '' TERM
     phase requeued
     for try in 1 2 3 4 5; do
-        if timeout 60 scontrol requeue "$SLURM_JOB_ID"; then
+        if timeout 60 scontrol requeue "$JOB"; then
             # At once: it would be killed only KillWait later.
             exit 0
         fi

@@ -17,7 +17,7 @@ from tests.test_slurm_command import MODEL
 
 RISKPO = """#!/bin/bash
 # Its arguments and place; then: `serve` announces itself and ends at TERM, `... bad ...` fails,
-# `... stall ...` ends as by the watchdog.
+# `... stall ...` ends as by the watchdog, `... wait ...` waits for the file `go`.
 printf '%s\\n' "$SLURMD_NODENAME" "${CUDA_VISIBLE_DEVICES-}" "$@" >"$1.${SLURM_STEP_ID}_$SLURM_PROCID"
 [[ " $* " == *" bad "* ]] && exit 3
 [[ " $* " == *" stall "* ]] && echo "rank 1 lags" >"$RISKPO_STALLED_FILE" && exit 137
@@ -29,6 +29,7 @@ while [[ $1 == serve && $# -gt 1 ]]; do
     fi
     set -- "$1" "${@:3}"
 done
+while [[ " $* " == *" wait "* && ! -e go ]]; do sleep 0.05; done
 [[ $1 == doctor ]] || touch "$RISKPO_DONE_FILE"
 """
 ARGUMENTS = {
@@ -118,6 +119,29 @@ def test_a_failed_job_is_tried_again_as_often_as_env_says(submit: Submit, tmp_pa
     assert (stalled.shown("Restarts"), stalled.shown("ExitCode"), phase(stalled)) == ("0", "137:0", "failed")
     assert "\nrank 1 lags\n" in log(stalled, 1, "batch")
     assert ["rank 0 on n0: exit code 3\n" in log(job, attempt, "batch") for attempt in (1, 2)] == [True, True]
+
+
+def test_the_end_of_one_task_leaves_the_others_of_its_array_alone(
+    submit: Submit, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Of the last one, whose number is the array's."""
+    with (tmp_path / "env.sh").open("a") as env:
+        env.write("RETRIES=1\n")
+    tasks = {}
+    for last in ("bad", "wait"):
+        (tmp_path / f"{last}.txt").write_text(f"wait\n{last}\n")
+        array = submit("--array=1-2", "--ntasks=1", SCRIPTS / "sweep.sbatch", "my.toml", f"{last}.txt")
+        tasks |= {(last, number): Job(cluster, tmp_path, f"{array.id}_{number}") for number in (1, 2)}
+    cancelled = tasks["wait", 2]
+    cancelled.wait_for(lambda: phase(cancelled) == "training")
+    cluster.run("scancel", cancelled.id)
+    cancelled.end("CANCELLED")
+    tasks["bad", 2].end("FAILED")
+    (tmp_path / "go").touch()
+    for last in ("bad", "wait"):
+        tasks[last, 1].end("COMPLETED")
+    cancelled.wait_for(lambda: phase(cancelled) == "cancelled")
+    assert [task.shown("Restarts") for task in tasks.values()] == ["0", "1", "0", "0"]
 
 
 def test_what_ends_without_being_done_is_no_success(submit: Submit, tmp_path: Path) -> None:
