@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_riskpo import __version__
+from megatron_riskpo.collector import lasting_imports
 from megatron_riskpo.compare_command import add_compare, run_compare
 from megatron_riskpo.convert_command import add_convert, run_convert
 from megatron_riskpo.data_command import add_data, run_data
@@ -157,18 +158,19 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
     die_with_launcher()
     stop = StopSignal.install()
     env = process_env()
-    config, world_size = _checked_train(args, env) if args.command == "train" else _checked_sft(args, env)
+    with lasting_imports():
+        config, world_size = _checked_train(args, env) if args.command == "train" else _checked_sft(args, env)
     if stop.received:
         print(f"stopped by {stop.received.name} before the run had begun; nothing was written", file=sys.stderr)
         return 128 + stop.received
     if env is None:
         return launch([sys.executable, "-m", "megatron_riskpo.cli", *arguments], world_size)
     if args.command == "train":
-        from megatron_riskpo.train import run_training
-
+        with lasting_imports():
+            from megatron_riskpo.train import run_training
         return run_training(config, env, stop)
-    from megatron_riskpo.sft import run_sft
-
+    with lasting_imports():
+        from megatron_riskpo.sft import run_sft
     return run_sft(config, env, stop)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_riskpo.collector import lasting_imports
 from megatron_riskpo.distributed.launch import die_with_launcher, launch, process_env
 from megatron_riskpo.distributed.signals import StopSignal
 from megatron_riskpo.errors import UsageError, check_out_folder
@@ -67,13 +68,15 @@ def run_evaluate(args: argparse.Namespace, arguments: list[str]) -> int:
     stop = StopSignal.install()
     env = process_env()
 
-    from megatron_riskpo.evaluation.options import load_options
+    with lasting_imports():
+        from megatron_riskpo.evaluation.options import load_options
 
     config = load_options(args.model, num_samples, args.overrides, args.servers)
     if env is None:
         return launch([sys.executable, "-m", "megatron_riskpo.cli", *arguments], config.run.ranks or config.rollout.tp)
 
-    from megatron_riskpo.evaluation.run import run_evaluation
+    with lasting_imports():
+        from megatron_riskpo.evaluation.run import run_evaluation
 
     return run_evaluation(config, args.data, out, seed, env, stop)
 

@@ -1,5 +1,6 @@
 """Megatron-Core is imported by many tests, so the CPU backend has to be in place before any of them."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ def toml(tmp_path: Path):
         return str(path)
 
     return write
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # modules and thousands of items, which every full collection would walk again
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

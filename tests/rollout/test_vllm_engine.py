@@ -220,6 +220,7 @@ def test_two_ranks_as_two_engines_and_as_one(tmp_path):
             assert max_difference(first[tp][name], model, vllm_ranks.SAMPLING.temperature) <= 1e-5
         for rank in (first, second):
             assert rank[tp]["sum_after_close"] == 2
+            assert not rank[tp]["left_in_memory"]
             assert sum(len(one[tp]["told"]) for one in (first, second)) == first[tp]["b"].num_sequences
             for row, tokens in rank[tp]["told"].items():
                 assert tokens == rank[tp]["b"].responses()[row].tolist()

@@ -1,5 +1,6 @@
 """What each of two ranks does for test_vllm_engine.py: two engines of one rank each, then one engine of two ranks."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _run_layout(folder: Path, tp: int) -> dict[str, Any]:
         world_group=dist.group.WORLD,
         seed=0,
     )
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"left_in_memory": _names_in_shared_memory()}
     for version, name in enumerate("ab"):
         push_folder(engine, folder / name, version)
         told: dict[int, list[int]] = {}
@@ -42,3 +43,8 @@ def _run_layout(folder: Path, tp: int) -> dict[str, Any]:
     total = torch.ones(1)
     dist.all_reduce(total)
     return results | {"sum_after_close": total.item()}
+
+
+def _names_in_shared_memory() -> list[str]:
+    """Of the files of the engine's tensor-parallel group, which outlive processes that are killed."""
+    return [path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(os.environ["VLLM_DIST_IDENT"])]
