@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 
+from megatron_riskpo.collector import lasting_imports
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.errors import RunError, UsageError
@@ -55,8 +56,9 @@ def serve(config: TrainConfig, options: ServeOptions) -> int:
     with without_import_noise(), contextlib.closing(listener):
         endpoint = _endpoint(options, port)
         _check_endpoint(endpoint)
-        import_vllm()
-        args = _arguments(config, options, host, port)
+        with lasting_imports():
+            import_vllm()
+            args = _arguments(config, options, host, port)
         try:
             with asyncio.Runner(loop_factory=_loop_class()) as runner:
                 runner.run(_run(args, listener, _url(host, port), endpoint))
