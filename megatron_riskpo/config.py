@@ -158,12 +158,12 @@ class ServerConfig:
     start_timeout_s: float = 300.0
     """A server that the run starts has to be healthy within so many seconds."""
     max_retries: int = 3
-    """Times that a request is sent again after a failure; a server that fails so often in a row, and more, is given
-    up."""
+    """A server that fails more often than this in a row is given up; a request that fails more often than this and
+    the number of servers together ends the run."""
     max_restarts: int = 3
     """Times that the run starts each of its servers again."""
     transport: Literal["auto", "file", "network", "shared_memory"] = "auto"
-    """How weights reach the servers. file: whole tensors, gathered on rank 0, through a folder that the servers see;
+    """How weights reach the servers. file: whole tensors, which rank 0 writes to a folder that the servers see;
     network: each worker gets its shard from all ranks at once, over a process group of ranks and workers;
     shared_memory: each worker reads its shard where the ranks of its machine have it (on GPUs by CUDA IPC). auto: file
     where transfer_dir is given, else network for rollout.server_urls, else shared_memory on CPUs where it can be, or

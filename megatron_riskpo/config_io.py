@@ -289,13 +289,13 @@ def _with_overrides(config: Any, overrides: Sequence[str]) -> Any:
     if any(token in ("-h", "--help") for token in overrides):
         _tyro(cls, config, ["--help"])
     leaves, options = leaf_types(cls), {}
-    plain: list[tuple[str, list[str]]] = []
+    plain: dict[str, list[str]] = {}
     for key, words in _grouped(overrides):
         table = next((leaf for leaf in leaves if get_origin(leaves[leaf]) is dict and key.startswith(f"{leaf}.")), None)
         if table:
             options.setdefault(table, {})[key.removeprefix(f"{table}.")] = _option_value(key, words)
         elif key in leaves:
-            plain.append((key, words))
+            plain[key] = words  # of several the last
         else:
             raise UsageError(f"--{key}: {_unknown(key, leaves)}")
     config = _with_plain(config, plain, leaves) if plain else config
@@ -331,17 +331,17 @@ def _option_value(key: str, words: list[str]) -> int | float | bool | str:
     return value if isinstance(value, int | float | bool | str) else words[0]
 
 
-def _with_plain(config: Any, overrides: list[tuple[str, list[str]]], leaves: dict[str, Any]) -> Any:
+def _with_plain(config: Any, overrides: dict[str, list[str]], leaves: dict[str, Any]) -> Any:
     """All at once, as each takes a tenth of a second; one by one where they fail, to name the flag."""
-    tokens = [token for key, words in overrides for token in _tyro_tokens(key, leaves[key], words)]
+    tokens = [token for key, words in overrides.items() for token in _tyro_tokens(key, leaves[key], words)]
     try:
         with _unheard():
             changed = _tyro(type(config), config, tokens)
     except SystemExit:
-        for key, words in overrides:
+        for key, words in overrides.items():
             _check_alone(config, key, words, leaves[key])
         changed = _tyro(type(config), config, tokens)
-    for key, words in overrides:
+    for key, words in overrides.items():
         section, _, name = key.rpartition(".")
         value = getattr(getattr(changed, section), name)
         if isinstance(value, float) and not math.isfinite(value):

@@ -169,7 +169,7 @@ finish() {
         exit 0
     fi
     # TERM goes to the ranks first: they may have ended before it comes here.
-    if shown_job | grep -Eq ' JobState=(CANCELLED|TIMEOUT|COMPLETING) '; then
+    if [ -z "$TERMINATED" ] && shown_job | grep -Eq ' JobState=(CANCELLED|TIMEOUT|COMPLETING) '; then
         TERMINATED=yes
     fi
     if [ -n "$WARNED" ] && [ -z "$TERMINATED" ]; then

@@ -5,4 +5,6 @@ RISKPO_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 1
 export RISKPO_SLURM
 # shellcheck source=env.sh
 . "${RISKPO_ENV:-$RISKPO_SLURM/env.sh}" || exit 1
+# Of an array's task that submits this job, which job.sh would take for the job's own.
+unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
 exec sbatch "$@"

@@ -1,7 +1,7 @@
 import gc
 import weakref
 
-from megatron_riskpo.collector import lasting_imports, without_collections
+from megatron_riskpo.collector import lasting_imports, without_requested_collections
 
 
 class Cycle:
@@ -30,7 +30,7 @@ def test_what_is_imported_is_not_looked_at_again():
 
 
 def test_collection_waits_for_the_end_of_the_body():
-    with without_collections():
+    with without_requested_collections():
         garbage = dropped()
         assert gc.collect() == 0
         assert garbage() is not None

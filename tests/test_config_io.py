@@ -26,7 +26,8 @@ def test_file_then_command_line_win_over_the_defaults(toml) -> None:
         [
             *("--actor.pp", "3", "--bridge.verify", "probe", "--evaluation.ks", "1", "4"),
             *("--data.options.max_terms", "5", "--data.options.new", "0.5"),
-            *("--data.prompt-template=--{problem}", "--optimizer.weight_decay", "1e-2"),
+            *("--data.prompt-template=--{problem}", "--optimizer.weight_decay", "inf"),
+            "--optimizer.weight_decay=1e-2",
         ],
     )
     default = TrainConfig()

@@ -32,7 +32,7 @@ from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.actor.optimizer import allocate_state, hyperparameters_kept, padding_counted, unshare_steps
 from megatron_riskpo.checkpoint.manifest import FileEntry, list_files, sync_to_disk
 from megatron_riskpo.checkpoint.summed_file import SummingFileSystem
-from megatron_riskpo.collector import without_collections
+from megatron_riskpo.collector import without_requested_collections
 from megatron_riskpo.errors import RunError
 
 
@@ -61,7 +61,7 @@ def _state(actor: Actor, is_loading: bool) -> dict[str, Any]:
     model = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(actor.chunks)}
     # Megatron collects garbage after it has gathered an optimizer's state, for programs without a collector: tenths of
     # a second, all training standing still.
-    with padding_counted(actor.optimizer), without_collections():
+    with padding_counted(actor.optimizer), without_requested_collections():
         optimizer = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 

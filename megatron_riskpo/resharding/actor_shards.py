@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.layouts import ActorLayout
+from megatron_riskpo.resharding.node import node_size
 from megatron_riskpo.resharding.schedule import BridgeLayout
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ActorShards:
             "hf_config": dict(self.hf_config), "actor": asdict(self.layout), "tp": rollout.tp,
             "expert_parallel": rollout.expert_parallel, "servers": num_servers,
             "item_size": self.example.element_size(), "bucket_mib": config.bridge.bucket_mib,
-            "node_size": torch.cuda.device_count() or self.layout.world_size,
+            "node_size": node_size(self.layout.world_size),
         }  # fmt: skip
 
     @property

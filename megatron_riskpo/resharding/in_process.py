@@ -3,7 +3,6 @@
 import zlib
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from megatron_riskpo.actor.actor import Actor
@@ -12,6 +11,7 @@ from megatron_riskpo.config import BridgeConfig
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.golden import GoldenCopy
 from megatron_riskpo.resharding.layout_check import Placement
+from megatron_riskpo.resharding.node import node_size
 from megatron_riskpo.resharding.peer_parameters import VERSION_PHASE, share_among
 from megatron_riskpo.resharding.placements import checked_placements, expected_numbers
 from megatron_riskpo.resharding.plan import plan_rank
@@ -91,9 +91,8 @@ class InProcessPush:
 def _layout(actor: Actor, engine: VllmEngine, config: BridgeConfig) -> BridgeLayout:
     num_ranks = actor.grid.world.size()
     dtype = next(iter(named_parameters(actor.chunks)))[1].dtype
-    node_size = torch.cuda.device_count() or num_ranks
     return BridgeLayout.colocated(
-        actor.hf_config, actor.config, num_ranks, engine.tp, dtype.itemsize, config.bucket_mib, node_size,
+        actor.hf_config, actor.config, num_ranks, engine.tp, dtype.itemsize, config.bucket_mib, node_size(num_ranks),
         expert_parallel=engine.expert_parallel,
     )  # fmt: skip
 

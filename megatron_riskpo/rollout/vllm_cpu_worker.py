@@ -16,7 +16,7 @@ _MEMORY = Path("/dev/shm")  # where Linux keeps shm_open's files
 
 class CorrectedCpuWorker(CPUWorker):
     """vLLM 0.32's worker, whose experts are right under expert parallelism, too, and which leaves no shared memory
-    behind, however the process ends."""
+    behind where a process is killed."""
 
     def init_device(self) -> None:
         unlink_joined_memory()
@@ -64,7 +64,7 @@ def _without_name(join: Callable[[_CPUSHMDistributed], int]) -> Callable[[_CPUSH
     @functools.wraps(join)
     def join_and_unlink(group: _CPUSHMDistributed) -> int:
         handle = join(group)  # ends with a barrier: every peer has mapped the file
-        (_MEMORY / f"{group.group_name}_{group.communicator.rank}").unlink()
+        (_MEMORY / f"{group.group_name}_{group.communicator.rank}").unlink(missing_ok=True)
         return handle
 
     return join_and_unlink

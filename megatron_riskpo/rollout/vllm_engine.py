@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_riskpo.collector import lasting_imports, without_collections
+from megatron_riskpo.collector import lasting_imports, without_requested_collections
 from megatron_riskpo.config import RolloutConfig
 from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.resharding.shard_sink import VllmShardSink
@@ -275,8 +275,9 @@ def _build(model_dir: str, arguments: dict[str, Any]) -> "LLM":
 
 
 def _shut_down(llm: "LLM") -> None:
-    # What can be collected is so only when the caller has let go of the engine, too.
-    with kept_default_group(), without_collections():
+    # close() collects. On CUDA vLLM's own collections have their place before memory is given back.
+    collecting = contextlib.nullcontext() if torch.cuda.is_available() else without_requested_collections()
+    with kept_default_group(), collecting:
         llm.llm_engine.engine_core.shutdown()
 
 

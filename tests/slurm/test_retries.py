@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCONTROL = """#!/bin/bash
-[ "$1" = requeue ] || echo "JobId=7 PreemptTime=${PREEMPTED:-None}"
+[ "$1" = requeue ] || echo "JobId=7 JobState=$STATE Reason=None PreemptTime=$PREEMPTED"
 """
 HAPPENS = {
     "idle": "WARNED=yes",
@@ -20,6 +20,7 @@ HAPPENS = {
     "refused": 'echo "rank 0 on n0: exit code 2" >"$RISKPO_FAILED_FILE"',
     "done": 'touch "$RISKPO_DONE_FILE"; WARNED=yes',
 }
+HAPPENS["cancelled"] = HAPPENS["failed"]
 HAPPENS["stalled later"] = f'{HAPPENS["stalled"]}; touch "$RISKPO_PROGRESS_FILE"'
 SAVES = 3 * ["idle"] + ["saved"] + 3 * ["idle"]
 STALLS = 3 * ["stalled"] + ["stalled later"] + 2 * ["stalled"]
@@ -34,6 +35,7 @@ CASES = {
     "this and that": (["idle", "stalled", "failed", "idle", "stalled", "failed"], "failed", 3),
     "wrong input": (["refused"], "failed", 2),
     "done": (["idle", "done"], "done", 0),
+    "ranks end before TERM is here": (["failed", "cancelled"], "cancelled", 143),
 }
 """What happens in the attempts; phase and exit code of the last. All before it are requeued."""
 
@@ -55,6 +57,7 @@ def attempt(folder: Path, restarts: int, what: str) -> tuple[str, int]:
     environment = {
         "PATH": f"{folder}:{os.environ['PATH']}", "RISKPO_SLURM": str(ROOT / "slurm"), "SLURM_JOB_ID": "7",
         "RISKPO_ENV": str(folder / "env.sh"), "RISKPO_LOGS": str(folder), "SLURM_RESTART_COUNT": str(restarts),
+        "STATE": "COMPLETING" if what == "cancelled" else "RUNNING",
         "PREEMPTED": "2026-01-01T00:00:00" if what == "preempted" else "None",
     }  # fmt: skip
     script = f'. "$RISKPO_SLURM/job.sh"; {HAPPENS[what]}; finish 143'
