@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tests.distributed.shared_gloo import share_device
+
 ROOT = Path(__file__).parents[2]
 
 # Ranks are forked, from one process that has imported torch and Megatron-Core: importing takes each some four seconds.
@@ -54,8 +56,8 @@ def _log(folder: Path, rank: int) -> Path:
 
 
 def release_groups() -> None:
-    """Take down all groups but the world's. Each gloo group holds threads: after dozens of grids in one process,
-    switching between them costs more than the cases. Call it on all ranks, when no actor is used any more."""
+    """Take down all groups but the world's, each of which holds threads. Call it on all ranks, when no actor is used
+    any more."""
     import torch.distributed as dist
 
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -82,6 +84,7 @@ def _main(target: str, folder: Path, rank: int, num_ranks: int) -> None:
         os.dup2(log, stream)
     os.environ |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+    share_device()
     # A file for the rendezvous: no port that another job could take.
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
     module, _, function = target.partition(":")
