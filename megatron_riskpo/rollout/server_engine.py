@@ -66,6 +66,11 @@ class PushOutcome:
     """Ends the run."""
 
 
+_KEEP_ALIVE_S = 2.0
+"""An idle connection is used no more after so long. vLLM closes it after 5 s, and a request that is on its way then
+fails as if the server were gone."""
+
+
 class ServerEngine:
     """WholeWeightsEngine. `export`: the actor's weights as they are, collective, for servers that have to be given them
     again; whenever the engine is called they are those of the last `update_weights`. `shards`: this rank's own part of
@@ -351,7 +356,7 @@ def _say_nothing(message: str) -> None:
 async def open_session() -> aiohttp.ClientSession:
     """For ServerClient; to be closed in the same event loop."""
     # The pool bounds the number of requests.
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S))
 
 
 def to_responses(responses: Sequence[Response]) -> Responses:
