@@ -152,7 +152,7 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda seed: make_base(seed, runs), args.seeds))
             pairs = [(name, seed) for seed in args.seeds for name in args.methods]
-            list(pool.map(lambda pair: make_run(*pair, runs, args.steps), pairs))
+            list(pool.map(lambda pair: make_run(pair[0], pair[1], runs, args.steps), pairs))
     print(table({n: {s: read_outcome(runs / f"{n}-{s}") for s in args.seeds} for n in args.methods}))
 
 

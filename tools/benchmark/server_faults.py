@@ -1,9 +1,10 @@
 """What a run does when one of its rollout servers fails: real servers of the model, one fault after the other.
 
-    python tools/benchmark/server_faults.py runs/quickstart-base/hf
+    python tools/benchmark/server_faults.py runs/quickstart-base/hf [--transport file]
 
 Prints a table: the seconds from the fault until the responses that were under way (or the push) are complete, what the
-run said, and whether the tokens are those that it would have got without the fault.
+run said, and whether the tokens are those that it would have got without the fault. Through files there is one fault
+more, a corrupted bucket: through shared memory there are no buckets.
 """
 
 import argparse
@@ -15,18 +16,27 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import psutil
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor
 
-from megatron_riskpo.config import DataConfig, ModelConfig, RolloutConfig, ServerConfig, TrainConfig
-from megatron_riskpo.config_io import load_model_config
+from megatron_riskpo.config import (
+    ActorConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    ServerConfig,
+    TrainConfig,
+)
+from megatron_riskpo.distributed import cpu_backend
+from megatron_riskpo.distributed.grid import RankGrid, build_grid
+from megatron_riskpo.distributed.launch import RankEnv, init_process_group
+from megatron_riskpo.distributed.runtime import quieten_libraries
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding import bucket_file
 from megatron_riskpo.rollout import server_push
@@ -34,6 +44,8 @@ from megatron_riskpo.rollout.server_engine import ServerEngine
 from megatron_riskpo.rollout.types import Rollouts, SamplingConfig
 
 NUM_PROMPTS, PROMPT_TOKENS, MAX_RESPONSE_TOKENS, GROUP_SIZE = 16, 8, 48, 8
+_REJOIN_S = 300.0
+"""For a server that is started again, beside all else."""
 SAMPLING = SamplingConfig(GROUP_SIZE, MAX_RESPONSE_TOKENS, temperature=1.0, stop_token_ids=())
 
 
@@ -50,31 +62,31 @@ class Outcome:
 class Bench:
     """An engine on two servers of its own, whose weights never change: each push brings a new version of the same."""
 
-    def __init__(self, model: Path, folder: Path, health_timeout_s: float) -> None:
+    def __init__(self, model: Path, folder: Path, server: ServerConfig, grid: RankGrid) -> None:
+        # Megatron may only be imported once the CPU backend is in place.
+        from megatron_riskpo.actor.actor import Actor
+        from megatron_riskpo.resharding.actor_shards import ActorShards
+
         config = TrainConfig(
             model=ModelConfig(path=str(model)),
             data=DataConfig(max_prompt_tokens=PROMPT_TOKENS),
             rollout=RolloutConfig(placement="server", servers=2, max_response_tokens=MAX_RESPONSE_TOKENS),
-            server=ServerConfig(health_timeout_s=health_timeout_s, push_timeout_s=60.0, max_restarts=10),
+            server=server,
         )
         self.lines: list[str] = []
-        self._weights = load_file(model / "model.safetensors")
-        vocab_size = load_model_config(model)["vocab_size"]
+        self._actor = Actor.from_hf(str(model), config.actor, OptimizerConfig(), torch.float32, grid)
+        vocab_size = self._actor.shape.vocab_size
         self._prompts = [[2 + (i * 5 + j) % (vocab_size - 2) for j in range(PROMPT_TOKENS)] for i in range(NUM_PROMPTS)]
         self.engine = ServerEngine(
-            config, vocab_size=vocab_size, world_group=dist.group.WORLD, folder=folder,  # type: ignore[arg-type]
-            export=self.weights, log=self.lines.append,
+            config, vocab_size=vocab_size, world_group=grid.world, folder=folder, export=self._actor.export_weights,
+            log=self.lines.append, shards=ActorShards.of(self._actor),
         )  # fmt: skip
         self.push()
         self.expected = self.generate()
 
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """What the trainer would export."""
-        return self._weights.items()
-
     def push(self) -> None:
         """The next version."""
-        self.engine.update_weights(self.weights(), self.engine.weight_version + 1)
+        self.engine.update_weights(self._actor.export_weights(), self.engine.weight_version + 1)
 
     def generate(self, fault: Callable[[], None] | None = None) -> Rollouts:
         """All responses; the fault comes while they are sampled."""
@@ -83,13 +95,16 @@ class Bench:
             while not any(response.reason for response in pending.responses):
                 time.sleep(0.005)
             fault()
-            if pending.future.done():
+            if all(response.reason for response in pending.responses):
                 raise RuntimeError("the responses were complete before the fault; sample more of them")
         return self.engine.collect(pending)
 
     def wait_for(self, num_servers: int) -> None:
         """Until so many servers are up and have the weights."""
+        give_up = time.monotonic() + _REJOIN_S
         while len(self.engine.processes) < num_servers:
+            if time.monotonic() > give_up:
+                raise RunError(f"{len(self.engine.processes)} of {num_servers} servers are up after {_REJOIN_S:g} s")
             # Seldom: what is started shares the machine with what is asked.
             time.sleep(3.0)
             self.push()
@@ -147,8 +162,8 @@ def corrupted_bucket() -> Iterator[None]:
         yield
 
 
-def faults(bench: Bench) -> Iterator[Outcome]:
-    """All of them."""
+def faults(bench: Bench, *, with_buckets: bool) -> Iterator[Outcome]:
+    """All that there can be."""
     first, both = slice(0, 1), slice(0, 2)
 
     def generate(fault: Callable[[], None]) -> Callable[[], None]:
@@ -169,15 +184,18 @@ def faults(bench: Bench) -> Iterator[Outcome]:
     yield bench.measure("both servers killed", generate(lambda: bench.kill(signal.SIGKILL, both)))
     yield bench.measure("a server has weights of another version", generate(bench.rename_weights))
     yield bench.measure("a server stopped before a push", push_to_stopped)
-    yield bench.measure("a bucket corrupted on its way", push_corrupted)
+    if with_buckets:
+        yield bench.measure("a bucket corrupted on its way", push_corrupted)
 
 
 @contextlib.contextmanager
-def single_rank() -> Iterator[None]:
-    """A default group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def single_rank() -> Iterator[RankGrid]:
+    """The groups of this process alone."""
+    quieten_libraries()
+    cpu_backend.install()
+    init_process_group(RankEnv(0, 1, 0), _REJOIN_S, store=dist.HashStore())
     try:
-        yield
+        yield build_grid(ActorConfig(), 0, _REJOIN_S)
     finally:
         dist.destroy_process_group()
 
@@ -186,13 +204,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path, help="Hugging Face model folder with one model.safetensors")
     parser.add_argument("--health-timeout", type=float, default=10.0, help="server.health_timeout_s of the run")
+    parser.add_argument("--transport", choices=("shared_memory", "file"), default="shared_memory")
     args = parser.parse_args(argv)
-    print(f"server.health_timeout_s = {args.health_timeout:g}\n")
+    server = ServerConfig(
+        transport=args.transport, health_timeout_s=args.health_timeout, push_timeout_s=60.0, max_restarts=10
+    )
+    print(f"server.transport = {args.transport}, server.health_timeout_s = {args.health_timeout:g}\n")
     print("| fault | seconds | same tokens | said |\n|---|---|---|---|", flush=True)
-    with single_rank(), tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args.model, Path(folder), args.health_timeout)
+    with single_rank() as grid, tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args.model, Path(folder), server, grid)
         try:
-            for outcome in faults(bench):
+            for outcome in faults(bench, with_buckets=args.transport == "file"):
                 said = "; ".join(outcome.said) or "nothing"
                 print(f"| {outcome.fault} | {outcome.seconds:.1f} | {outcome.same_tokens} | {said} |", flush=True)
         except RunError as error:

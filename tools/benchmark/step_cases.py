@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def _give_end_probability(model: Qwen2ForCausalLM, case: Case) -> None:
     all logits alike, but for the end token, whose row is nothing but that dimension: its entry is found by bisection on
     the hidden states of random sequences.
     """
-    rows = model.get_input_embeddings().weight
+    rows = cast(Tensor, model.get_input_embeddings().weight)
     rows[PAD_ID] = 0.02 * torch.randn(rows.size(1))  # transformers starts the padding row at 0
     rows[:, 0] = 4.0
     rows[EOS_ID] = 0.0
