@@ -17,10 +17,9 @@ from megatron_riskpo.rollout.replicas import gather_responses, join_prompts, sli
 from megatron_riskpo.rollout.server_client import ModelCard, ServerClient, ServerError
 from megatron_riskpo.rollout.server_engine import open_session, to_responses
 from megatron_riskpo.rollout.server_pool import NoServersError, ServerPool, responses_to
+from megatron_riskpo.rollout.server_watch import watch
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
-
-_OWN_WEIGHTS = "default"
-"""vLLM's label of the weights that a server loaded itself."""
+from megatron_riskpo.rollout.weight_labels import SERVERS_OWN
 
 
 class ServedModel:
@@ -48,9 +47,9 @@ class ServedModel:
                 client.url: self._checked_card(client, model, config.health_timeout_s, log) for client in clients
             }
             """What each server says of its model, by address."""
-            self._pool = ServerPool(lambda url: ServerClient(url, session), config, log)
+            self._pool = ServerPool(lambda url: ServerClient(url, session, vocab_size=vocab_size), config, log)
             self._loop.run(self._pool.admit(list(self.cards)))
-            self._loop.submit(self._pool.watch())
+            self._loop.submit(watch(self._pool, config))
             stack.callback(self._loop.cancel_all)
             self._stack = stack.pop_all()
 
@@ -62,7 +61,7 @@ class ServedModel:
             card = self._loop.run(client.model_card(timeout_s))
         except (ServerError, RunError) as error:
             raise RunError(f"--server: {error}; start one with riskpo serve {model}") from error
-        if label != _OWN_WEIGHTS:
+        if label != SERVERS_OWN:
             raise UsageError(f"--server {client.url} holds weights that a run pushed ({label}); start another one")
         if card.max_model_len < self._max_model_len:
             raise UsageError(
@@ -99,7 +98,7 @@ class ServedModel:
     def _reason(self, error: RunError | NoServersError) -> str:
         if isinstance(error, RunError):
             return str(error)
-        return f"no server is left: {'; '.join(server.reason for server in self._pool.servers if server.reason)}"
+        return f"no server is left: {'; '.join(self._pool.lost().values())}"
 
     def _agree_on(self, failure: str) -> None:
         """Raise the first failing rank's failure on every rank; collective."""

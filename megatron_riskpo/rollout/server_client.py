@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import aiohttp
 
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.rollout.weight_labels import WeightLabels, is_half_updated
 
-_HALF_UPDATED = "towards-"
-"""Begins the label of weights that are being replaced."""
+_REASONS = ("stop", "length", "abort")
 
 
 class ServerError(Exception):
@@ -25,7 +26,9 @@ class Segment:
     tokens: list[int]
     logprobs: list[float]
     versions: list[int]
-    """Of the weights, a token; -1: the server could not say."""
+    """Of the weights, a token, as WeightLabels has them; -1 too where the server could not say."""
+    labels: dict[int, str]
+    """What the server calls the weights of these versions."""
     reason: str
     """stop, length, or abort (the server was paused)."""
 
@@ -43,9 +46,17 @@ class ModelCard:
 class ServerClient:
     """Calls of one server. All raise ServerError with the server's address and what went wrong."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        labels: WeightLabels | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """`labels`: of the run that pushes weights, if one does. `vocab_size`: sampled tokens are below it."""
         self.url = url.rstrip("/")
-        self._session = session
+        self.labels = labels or WeightLabels()
+        self._session, self._vocab_size = session, vocab_size
 
     async def is_healthy(self, timeout_s: float) -> bool:
         """Whether it answers its health check in time."""
@@ -55,34 +66,40 @@ class ServerClient:
             return False
         return True
 
-    async def weight_version(self, timeout_s: float) -> int:
-        """Of the weights it says it has; -1: none of ours."""
-        return _version(await self.weight_label(timeout_s))
-
-    async def can_take_weights(self, timeout_s: float) -> bool:
-        """Whether it is healthy, and no push broke off in it: of that only a restart heals it. False also where both
-        answers take longer than `timeout_s`."""
+    async def obstacle(self, timeout_s: float, *, was_ours: bool) -> str:
+        """Why it can take no weights, or nothing: it is not healthy, also where both answers take longer than
+        `timeout_s`; a push broke off in it, of which only a restart heals it; or it `was_ours`, had this run's weights
+        before, and another run has pushed to it since."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._call("GET", "/health", None, timeout_s)
-                return not (await self.weight_label(timeout_s)).startswith(_HALF_UPDATED)
-        except (ServerError, RunError, TimeoutError):  # or something else answers at its address
-            return False
+                label = await self.weight_label(timeout_s)
+        except TimeoutError:
+            return f"{self.url} did not answer within {timeout_s:g} s"
+        except (ServerError, RunError) as error:  # RunError: something else answers at its address
+            return str(error)
+        if was_ours and self.labels.is_of_another_run(label):
+            return f"{self.url} has weights {label!r}: {self.labels.cause(label)}"
+        return f"a push broke off in {self.url} (weights {label!r})" if is_half_updated(label) else ""
 
     async def begin_update(self, version: int, timeout_s: float) -> None:
         """Have it say that its weights are those of no version, until `finish_update`."""
-        await self.post("/update_weight_version", timeout_s, {"new_version": f"{_HALF_UPDATED}{version}"})
+        await self.post("/update_weight_version", timeout_s, {"new_version": self.labels.towards(version)})
         await self.post("/start_weight_update", timeout_s)
 
     async def finish_update(self, version: int, timeout_s: float) -> None:
-        """Put the new weights in use."""
-        await self.post("/finish_weight_update", timeout_s, {"weight_version": str(version)})
-        found = await self.weight_version(timeout_s)
-        if found != version:
-            raise ServerError(f"{self.url} reports version {found} after a push of version {version}")
+        """Put the new weights in use. Not where another run has begun a push since: they may be a mixture of both."""
+        await self._check_label(self.labels.towards(version), timeout_s)
+        await self.post("/finish_weight_update", timeout_s, {"weight_version": self.labels.of(version)})
+        await self._check_label(self.labels.of(version), timeout_s)
+
+    async def _check_label(self, expected: str, timeout_s: float) -> None:
+        found = await self.weight_label(timeout_s)
+        if found != expected:
+            raise ServerError(f"{self.url} has weights {found!r}, not {expected!r}: {self.labels.cause(found)}")
 
     async def weight_label(self, timeout_s: float) -> str:
-        """What it calls its weights."""
+        """What it calls its weights. The engine itself answers, between two passes of the model."""
         return str((await self._call("GET", "/weight_info", None, timeout_s)).get("weight_version"))
 
     async def model_card(self, timeout_s: float) -> ModelCard:
@@ -99,9 +116,22 @@ class ServerClient:
         asked = {"token_ids": list(prompt), "sampling_params": sampling}
         body = await self._call("POST", "/inference/v1/generate", asked, timeout_s)
         try:
-            return _segment(body["choices"][0])
+            return self._segment(body["choices"][0])
         except (LookupError, TypeError, ValueError) as error:
             raise ServerError(f"{self.url} gave an answer without {error}: {str(body)[:200]}") from error
+
+    def _segment(self, choice: dict[str, Any]) -> Segment:
+        tokens = [int(token) for token in choice["token_ids"]]
+        logprobs = [float(entry["logprob"]) for entry in (choice["logprobs"]["content"] if tokens else [])]
+        versions, labels = [-1] * len(tokens), {}
+        for span in choice["weight_versions"] or ():
+            label = str(span["version"])
+            version = self.labels.version(label)
+            labels[version] = label
+            versions[span["start"] : span["end"]] = [version] * (span["end"] - span["start"])
+        segment = Segment(tokens, logprobs, versions, labels, str(choice["finish_reason"]))
+        _check_segment(segment, self._vocab_size)
+        return segment
 
     async def prompt_logprobs(self, prompt: Sequence[int], timeout_s: float) -> list[float]:
         """Of each token but the first given those before it, at temperature 1."""
@@ -152,20 +182,16 @@ def _message(text: str) -> str:
     return " ".join(str(message or text or "no message").split())[:300]
 
 
-def _segment(choice: dict[str, Any]) -> Segment:
-    tokens = [int(token) for token in choice["token_ids"]]
-    content = choice["logprobs"]["content"] if tokens else []
-    versions = [-1] * len(tokens)
-    for span in choice["weight_versions"] or ():
-        versions[span["start"] : span["end"]] = [_version(span["version"])] * (span["end"] - span["start"])
-    logprobs = [float(entry["logprob"]) for entry in content]
+def _check_segment(segment: Segment, vocab_size: int | None) -> None:
+    """ValueError for one that cannot be; the message goes after "an answer without"."""
+    tokens, logprobs, versions = segment.tokens, segment.logprobs, segment.versions
     if len(logprobs) != len(tokens) or len(versions) != len(tokens):
         raise ValueError(
             f"as many log-probs ({len(logprobs)}) and versions ({len(versions)}) as tokens ({len(tokens)})"
         )
-    return Segment(tokens, logprobs, versions, str(choice["finish_reason"]))
-
-
-def _version(label: Any) -> int:
-    """vLLM's labels are any text; ours are numbers, and its own first one is "default"."""
-    return int(label) if str(label).isdigit() else -1
+    if segment.reason not in _REASONS:
+        raise ValueError(f"a reason for its end that is known ({segment.reason})")
+    if not all(map(math.isfinite, logprobs)):
+        raise ValueError(f"finite log-probs ({next(p for p in logprobs if not math.isfinite(p))})")
+    if vocab_size is not None and tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise ValueError(f"tokens of the vocabulary ({min(tokens)} to {max(tokens)}, not 0 to {vocab_size - 1})")

@@ -36,7 +36,10 @@ from megatron_riskpo.rollout.server_fleet import ServerFleet, transfer_folder
 from megatron_riskpo.rollout.server_pool import Response, Server, ServerPool, responses_to
 from megatron_riskpo.rollout.server_process import ServerProcess, server_processes
 from megatron_riskpo.rollout.server_push import FilePush, ServerUpdate
+from megatron_riskpo.rollout.server_watch import watch
 from megatron_riskpo.rollout.types import OnFinished, Rollouts, SamplingConfig
+from megatron_riskpo.rollout.views import View, shared
+from megatron_riskpo.rollout.weight_labels import WeightLabels, new_run
 
 Weights = Iterable[NamedTensor]
 
@@ -103,8 +106,9 @@ class ServerEngine:
         session = self._loop.run(open_session())
         self._stack.callback(lambda: self._loop.run(session.close()))
         says = log if world_group.rank() == 0 else _say_nothing
-        self._pool = ServerPool(lambda url: ServerClient(url, session), config.server, says)
-        self._loop.submit(self._pool.watch())
+        labels = WeightLabels(from_first(new_run, world_group))
+        self._pool = ServerPool(lambda url: ServerClient(url, session, labels, vocab_size), config.server, says)
+        self._loop.submit(watch(self._pool, config.server))
         self._fleet: ServerFleet | None = None
         hosts = [""] * world_group.size()
         dist.all_gather_object(hosts, socket.gethostname(), group=world_group)
@@ -138,14 +142,9 @@ class ServerEngine:
 
     def _refused(self, urls: Sequence[str]) -> str:
         """What to say of given servers that do not answer, or cannot take weights."""
-        ready = self._loop.run(self._pool.ready_at(urls, self._config.server.health_timeout_s))
-        bad = sorted(set(urls) - {server.client.url for server in ready})
-        if not bad:
-            return ""
-        return (
-            f"rollout.server_urls: no healthy server at {', '.join(bad)} (or one in which a push broke off); start it "
-            "anew with riskpo serve"
-        )
+        self._loop.run(self._pool.ready_at(urls, self._config.server.health_timeout_s))
+        obstacles = self._obstacles()
+        return f"rollout.server_urls: {obstacles}; start servers anew with riskpo serve" if obstacles else ""
 
     @property
     def processes(self) -> dict[str, ServerProcess]:
@@ -233,36 +232,28 @@ class ServerEngine:
         ranks; RunError, on every rank, for an error of any."""
         self._attendance.until_all_are_done()
         unfinished = sum(not response.reason for response in pending.responses)
-        usable = [server.client.url for server in self._pool.usable]
-        views: list[Any] = [None] * self._group.size()
-        dist.all_gather_object(views, (errors[:1], unfinished, usable), group=self._group)
-        shared = set(usable).intersection(*(urls for _, _, urls in views))
-        failed = [server.client.url for server in self._pool.servers if server.client.url not in shared]
-        self._loop.run(self._pool.give_up_for_all(failed))
+        view = shared(View(next(iter(errors), ""), unfinished, self._pool.lost()), self._group)
+        self._loop.run(self._pool.give_up_for_all(view.lost))
         if self._fleet is not None:
-            self._fleet.restart(failed)
-        first = next((errors[0] for errors, _, _ in views if errors), "")
-        if first:
-            raise RunError(first)
-        return sum(num for _, num, _ in views)
+            self._fleet.restart(list(view.lost))
+        if view.error:
+            raise RunError(view.error)
+        return view.unfinished
 
     def update_weights(self, weights: Weights, version: int) -> dict[str, float]:
         """See WholeWeightsEngine; by plan `weights` is not read, each rank gives what it has. Requests under
         way stop, keep their tokens, and go on with the new weights. A server that fails is not used until it has been
         started, and given the weights, again. Collective. Raises RunError, on every rank, where no server is left."""
-        self._pool.newest_version = version
-        while True:
-            outcome = self._push(weights, version)
-            self._agree_on(outcome.error)
-            if outcome.urls:
-                break
+        self._pool.begin_push(version)
+        while not (outcome := self._push(weights, version)).urls:
             weights = self._export()
         self._loop.run(self._pool.admit(outcome.urls))
         self._weight_version = version
         return {} if self._planned is None else self._planned.metrics
 
     def _push(self, weights: Weights, version: int) -> PushOutcome:
-        """Rank 0 makes the calls, the others take part in the export, or send as well."""
+        """Rank 0 makes the calls, the others take part in the export, or send as well. Raises RunError, on every rank,
+        where the run cannot go on."""
         outcome = [PushOutcome([])]
         if self._planned is not None:
             update = self._planned.run(self._candidates, version)
@@ -274,6 +265,8 @@ class ServerEngine:
         else:
             outcome = [self._push_files(self._fleet, weights, version)]
         dist.broadcast_object_list(outcome, group=self._group, group_src=0)
+        if outcome[0].error:
+            raise RunError(outcome[0].error)
         return outcome[0]
 
     def _candidates(self) -> list[Server]:
@@ -313,7 +306,8 @@ class ServerEngine:
         fleet.restart(list(update.failed))
         urls = [server.client.url for server in update.alive]
         if not urls and not error and not fleet.has_processes:
-            error = f"no rollout server is left: {'; '.join(update.failed.values()) or 'none is healthy'}"
+            reasons = filter(None, [*update.failed.values(), self._obstacles()])
+            error = f"no rollout server is left: {'; '.join(reasons)}"
         return PushOutcome(urls, error)
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -341,7 +335,11 @@ class ServerEngine:
         self._stack.close()
 
     def _reasons(self) -> str:
-        return "; ".join(server.reason for server in self._pool.servers if server.reason)
+        return "; ".join(self._pool.lost().values())
+
+    def _obstacles(self) -> str:
+        """Rank 0's: why servers cannot take weights."""
+        return "; ".join(filter(None, self._pool.obstacles.values()))
 
     def _agree_on(self, error: str) -> None:
         """Raise rank 0's error on every rank; collective."""

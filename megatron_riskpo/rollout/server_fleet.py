@@ -102,6 +102,7 @@ class ServerFleet:
         try:
             self._come_up(process, process.url())
         except RunError as error:
+            self._log(str(error))
             self._restart(process, str(error))
 
     def _give_up(self, process: ServerProcess, reason: str) -> None:

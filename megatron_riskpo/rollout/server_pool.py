@@ -1,8 +1,9 @@
 """Several servers as one: balanced, retried within bounds, watched; who fails is given up. Runs in one event loop."""
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,8 @@ from megatron_riskpo.rollout.server_client import Segment, ServerClient, ServerE
 from megatron_riskpo.rollout.types import SamplingConfig
 from megatron_riskpo.rollout.vllm_arguments import request_seeds
 
-BACKOFF_S = 0.25
-"""After the first failure of a server nothing is sent to it for so long; doubled with each further one."""
+BACKOFF_S, LONGEST_BACKOFF_S = 0.25, 10.0
+"""After the first failure of a server nothing is sent to it for so long; doubled with each further one, up to this."""
 
 
 class NoServersError(Exception):
@@ -45,7 +46,9 @@ class Server:
     @property
     def ready_at(self) -> float:
         """When something may be sent again (time.monotonic)."""
-        return self.failed_at + BACKOFF_S * 2 ** (self.failures - 1) if self.failures else 0.0
+        if not self.failures:
+            return 0.0
+        return self.failed_at + min(BACKOFF_S * 2.0 ** min(self.failures - 1, 30), LONGEST_BACKOFF_S)
 
     def give_up(self, reason: str) -> None:
         """Use it no more, and wait no longer for what it was asked."""
@@ -114,6 +117,12 @@ class ServerPool:
     ) -> None:
         self.servers: list[Server] = []
         self.newest_version = -1
+        self.pushed_at = -math.inf
+        """When the last push ended (time.monotonic); infinity: one is under way."""
+        self.obstacles: dict[str, str] = {}
+        """Why servers could not take weights at the last look, by address."""
+        self._were_ours: set[str] = set()
+        """Addresses of servers that have had this run's weights."""
         self._connect = connect
         self._config, self._log = config, log
         self._slots = asyncio.Semaphore(config.max_concurrent)
@@ -132,10 +141,16 @@ class ServerPool:
         since."""
         await asyncio.gather(*(self._recognise(server, timeout_s) for server in self.usable))
         servers = self._at(urls)
-        others = [server for server in servers if not server.usable]
-        answers = await asyncio.gather(*(server.client.can_take_weights(timeout_s) for server in others))
-        ready = {server.client.url for server, can in zip(others, answers, strict=True) if can}
-        return [server for server in servers if server.usable or server.client.url in ready]
+        self.obstacles = dict(await asyncio.gather(*(self._obstacle(server, timeout_s) for server in servers)))
+        return [server for server in servers if not self.obstacles[server.client.url]]
+
+    async def _obstacle(self, server: Server, timeout_s: float) -> tuple[str, str]:
+        """The server's address, and why it cannot take weights. A server that another run took would be taken back and
+        forth for ever: it is theirs until it is started anew."""
+        url = server.client.url
+        if server.usable:
+            return url, ""
+        return url, await server.client.obstacle(timeout_s, was_ours=url in self._were_ours)
 
     async def _recognise(self, server: Server, timeout_s: float) -> None:
         """Give up a server in use that no longer has what it was given. One that was started anew may have been away
@@ -144,10 +159,14 @@ class ServerPool:
             label = await server.client.weight_label(timeout_s)
         except (ServerError, RunError):
             return  # what is wrong with it, the push will say
-        if server.usable and label != str(server.version):
-            given = f"{str(server.version)!r} as it was given"
-            cause = "it was started anew, or another run pushes to it"
-            self.give_up(server, f"{server.client.url} has weights {label!r}, not {given}: {cause}")
+        labels = server.client.labels
+        if server.usable and label != (given := labels.of(server.version)):
+            cause = labels.cause(label)
+            self.give_up(server, f"{server.client.url} has weights {label!r}, not {given!r} as it was given: {cause}")
+
+    def begin_push(self, version: int) -> None:
+        """What comes from the servers until `admit` may be of these weights already."""
+        self.newest_version, self.pushed_at = version, math.inf
 
     async def admit(self, urls: Sequence[str]) -> None:
         """These servers, and no others, have the current weights."""
@@ -157,12 +176,18 @@ class ServerPool:
         self.servers = self._at(urls)
         for server in self.servers:
             server.admit(self.newest_version)
+        self._were_ours |= set(urls)
+        self.pushed_at = time.monotonic()
 
-    async def give_up_for_all(self, urls: Sequence[str]) -> None:
-        """What failed for one rank is used by none."""
+    async def give_up_for_all(self, reasons: Mapping[str, str]) -> None:
+        """What failed for one rank is used by none; why, by address."""
         for server in self.usable:
-            if server.client.url in urls:
-                self.give_up(server, f"{server.client.url} failed for another rank")
+            if server.client.url in reasons:
+                self.give_up(server, reasons[server.client.url])
+
+    def lost(self) -> dict[str, str]:
+        """Why servers that had the current weights may not be used any more, by address."""
+        return {server.client.url: server.reason for server in self.servers if not server.usable}
 
     def give_up(self, server: Server, reason: str) -> None:
         """Use a server no more, and say why."""
@@ -199,8 +224,9 @@ class ServerPool:
         oldest, newest = response.oldest_version, self.newest_version
         wrong = {version for version in segment.versions if not oldest <= version <= newest}
         if wrong:
-            wanted = str(newest) if oldest == newest else f"{oldest} to {newest}"
-            self.give_up(server, f"{server.client.url} sampled with weights of version {min(wrong)}, not {wanted}")
+            label = segment.labels.get(min(wrong), "")
+            sampled = f"{server.client.url} sampled with weights {label!r}, not {_weights(oldest, newest)}"
+            self.give_up(server, f"{sampled}: {server.client.labels.cause(label)}")
             raise ServerError(server.reason)
         return segment
 
@@ -222,22 +248,15 @@ class ServerPool:
             return
         server.failures, server.failed_at = server.failures + 1, time.monotonic()
         if server.failures > self._config.max_retries:
-            self.give_up(server, f"{reason} ({server.failures} times in a row)")
+            self.give_up(server, reason if server.failures == 1 else f"{reason} ({server.failures} times in a row)")
         elif not await server.client.is_healthy(self._config.health_timeout_s):
             self.give_up(server, reason)
 
-    async def watch(self) -> None:
-        """For ever: give up servers that no longer answer their health check."""
-        timeout_s = self._config.health_timeout_s
-        while True:
-            await asyncio.sleep(min(timeout_s / 4, 5.0))
-            await asyncio.gather(*(self._check(server, timeout_s) for server in self.usable))
 
-    async def _check(self, server: Server, timeout_s: float) -> None:
-        if not await server.client.is_healthy(timeout_s):
-            self.give_up(
-                server, f"{server.client.url} did not answer its health check within {timeout_s:g} s, or is dead"
-            )
+def _weights(oldest: int, newest: int) -> str:
+    if newest < 0:
+        return "its own"
+    return f"of version {newest}" if oldest == newest else f"of versions {oldest} to {newest}"
 
 
 def responses_to(

@@ -20,6 +20,8 @@ from megatron_riskpo.errors import RunError
 
 _POLL_S = 0.1
 _STOP_GRACE_S = 10.0
+_KILL_GRACE_S = 10.0
+"""For the kernel to end what was killed; a process in a call on a file system or a driver may not end."""
 
 # What a server must know of the run's configuration.
 _SHARED_OPTIONS = (
@@ -41,6 +43,8 @@ class ServerProcess:
     """CUDA_VISIBLE_DEVICES of the server; empty: as the run's."""
     restarts_left: int = field(init=False)
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _obstacle: str = field(default="was not started", init=False)
+    """Why there is no process."""
     _started: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -59,16 +63,19 @@ class ServerProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start it; `wait` or `url` tell when it is healthy. Call it from a thread that lives on: the child dies with
-        it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.endpoint.unlink(missing_ok=True)
+        """Start it; `wait` or `url` tell when it is healthy, or that it could not be started. Call it from a thread
+        that lives on: the child dies with it."""
         environment = child_environment()
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices
-        with self.log.open("ab") as log:
-            self._process = _spawn(self._command(), environment, log)
         self._started = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.endpoint.unlink(missing_ok=True)
+            with self.log.open("ab") as log:
+                self._process = _spawn(self._command(), environment, log)
+        except OSError as error:
+            self._obstacle = f"could not be started: {error}"
 
     def restart(self) -> bool:
         """End it and start it again; False where it was started too often."""
@@ -87,10 +94,12 @@ class ServerProcess:
     def url(self) -> str | None:
         """Where it is, or None while it is not healthy. Raises RunError where it ended, or takes too long."""
         timeout_s = self.config.server.start_timeout_s
-        if self._process is None or self.has_ended:
-            code = None if self._process is None else self._process.returncode
+        if self._process is None:
+            raise RunError(f"rollout server {self.index} {self._obstacle}")
+        if self.has_ended:
+            code = self._process.returncode
             raise RunError(f"rollout server {self.index} ended with exit code {code}: {self._last_line()} ({self.log})")
-        if self.endpoint.exists():
+        with contextlib.suppress(OSError):  # it is not there yet
             return json.loads(self.endpoint.read_text(encoding="utf-8"))["url"]
         if time.monotonic() - self._started > timeout_s:
             raise RunError(
@@ -108,7 +117,7 @@ class ServerProcess:
             time.sleep(_POLL_S)
 
     def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
-        """End it and its workers: asked to first, then killed."""
+        """End it and its workers: asked to first, then killed. What the kernel does not end in time stays behind."""
         process = self._process
         if process is None:
             return
@@ -118,9 +127,11 @@ class ServerProcess:
                 process.wait(grace_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        self.endpoint.unlink(missing_ok=True)
-        self._process = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_GRACE_S)
+        with contextlib.suppress(OSError):
+            self.endpoint.unlink(missing_ok=True)
+        self._process, self._obstacle = None, "was stopped"
 
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "megatron_riskpo.cli", "serve", "--tokens-only", "--without-weights"]

@@ -106,9 +106,11 @@ class RolloutSource:
 
     def _check_staleness(self, step: int, rollouts: Rollouts) -> None:
         staleness = token_staleness(step, rollouts)
-        if staleness.numel() and not 0 <= int(staleness.min()) <= int(staleness.max()) <= self._max_staleness:
+        wrong = staleness[(staleness < 0) | (staleness > self._max_staleness)]
+        if wrong.numel():
+            versions = ", ".join(map(str, (step - 1 - wrong).unique().tolist()))
             raise RunError(
-                f"step {step}: a response was sampled with weights of version {step - 1 - int(staleness.max())}, the "
+                f"step {step}: a response was sampled with weights of version {versions}, the "
                 f"step needs {step - 1 - self._max_staleness} to {step - 1} (rollout.max_staleness = "
                 f"{self._max_staleness}); an engine has the wrong weights, go on from the last checkpoint"
             )

@@ -10,8 +10,11 @@ from typing import Any
 from aiohttp import web
 
 from megatron_riskpo.rollout.loop_thread import LoopThread
+from megatron_riskpo.rollout.weight_labels import WeightLabels
 
 VOCAB_SIZE = 96
+LABELS = WeightLabels("0123abcd")
+"""Of the run whose weights it has."""
 
 
 def token_at(seed: int, position: int) -> int:
@@ -23,15 +26,22 @@ def token_at(seed: int, position: int) -> int:
 class FakeServer:
     """Tests change the fields while it runs."""
 
-    version: str = "0"
+    version: str = LABELS.of(0)
+    """What it calls its weights."""
     fail_next: int = 0
     """Generate calls answered with 500."""
+    fails_for: set[int] = field(default_factory=set)
+    """First tokens of prompts; generate calls for these are always answered with 500."""
+    holds: dict[int, int] = field(default_factory=dict)
+    """By first token of the prompt: no more than so many tokens are sampled before the next pause."""
     failing_calls: set[str] = field(default_factory=set)
     """Paths that are always answered with 500."""
     refused_calls: set[str] = field(default_factory=set)
     """Paths that are always answered with 400."""
     silent: bool = False
     """Answer nothing at all, as a stopped process."""
+    hangs: bool = False
+    """Answer only what needs no engine."""
     delay_s: float = 0.0
     """Of generate calls."""
     call_delay_s: float = 0.0
@@ -40,6 +50,8 @@ class FakeServer:
     """End the next response after so many tokens, as a pause does; 0: none."""
     garbled: bool = False
     """Answer generate calls with something else."""
+    spoiled: dict[str, Any] = field(default_factory=dict)
+    """Parts of the answer of generate calls that are others."""
     binary: bool = False
     """Answer generate calls with bytes that are no text."""
     health_status: int = 200
@@ -53,15 +65,19 @@ class FakeServer:
     """Most generate calls at a time."""
     is_told: bool = False
     """How weights will come."""
+    is_paused: bool = False
+    num_pauses: int = 0
     url: str = ""
     _busy: int = 0
 
     def restart(self) -> None:
         """It crashed and is back at its address, with weights of its own."""
-        self.version, self.is_told = "default", False
+        self.version, self.is_told, self.is_paused = "default", False, False
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         while self.silent:
+            await asyncio.sleep(0.02)
+        while self.hangs and request.path not in ("/health", "/v1/models"):
             await asyncio.sleep(0.02)
         if request.path in self.failing_calls:
             return web.json_response({"error": {"message": "made to fail"}}, status=500)
@@ -75,6 +91,8 @@ class FakeServer:
             return web.json_response({"data": [{"root": self.model, "max_model_len": self.max_model_len}]})
         self.calls.append(request.path)
         self.is_told |= request.path == "/init_weight_transfer_engine"
+        self.num_pauses += request.path == "/pause"
+        self.is_paused = (self.is_paused or request.path == "/pause") and request.path != "/resume"
         if request.path == "/start_weight_update" and not self.is_told:
             return web.json_response({"error": {"message": "it was not said how weights come"}}, status=500)
         await asyncio.sleep(self.call_delay_s)
@@ -86,12 +104,15 @@ class FakeServer:
 
     async def _generate(self, body: dict[str, Any]) -> web.Response:
         self.requests.append(body)
+        while self.is_paused:
+            await asyncio.sleep(0.005)
         self._busy += 1
         self.busiest = max(self.busiest, self._busy)
         await asyncio.sleep(self.delay_s)
         self._busy -= 1
-        if self.fail_next:
-            self.fail_next -= 1
+        first, pauses = body["token_ids"][0], self.num_pauses
+        if self.fail_next or first in self.fails_for:
+            self.fail_next = max(self.fail_next - 1, 0)
             return web.json_response({"error": {"message": "made to fail"}}, status=500)
         if self.binary:
             return web.Response(body=b"\xff\xfe", content_type="application/json")
@@ -103,11 +124,16 @@ class FakeServer:
         num, reason = sampling["max_tokens"], "length"
         if self.abort_after:
             num, reason, self.abort_after = min(self.abort_after, num), "abort", 0
+        version = self.version
+        if self.holds.get(first, num) < num:
+            while first in self.holds and self.num_pauses == pauses:
+                await asyncio.sleep(0.005)
+            num, reason = (self.holds[first], "abort") if first in self.holds else (num, reason)
         tokens = [token_at(sampling["seed"], position) for position in range(num)]
         content = [{"token_id": token, "logprob": -token / 10} for token in tokens]
-        spans = [{"version": self.version, "start": 0, "end": num}]
+        spans = [{"version": version, "start": 0, "end": num}]
         choice = {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": reason}
-        return web.json_response({"choices": [{**choice, "weight_versions": spans}]})
+        return web.json_response({"choices": [{**choice, "weight_versions": spans, **self.spoiled}]})
 
 
 @contextmanager
@@ -120,7 +146,7 @@ def fake_server(server: FakeServer | None = None, **state: Any) -> Iterator[Fake
     try:
         yield server
     finally:
-        server.silent = False
+        server.silent = server.hangs = False
         thread.run(runner.cleanup())
         thread.close()
 

@@ -1,12 +1,70 @@
-"""Ranks whose responses take different times wait for each other longer than a collective may take."""
+"""Two ranks that ask servers: they wait for each other longer than a collective may take, and a server that only one of
+them sees fail is used by none, and the run says why. HTTP and collectives are real, vLLM's part is played."""
 
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from megatron_riskpo.rollout.vllm_arguments import request_seeds
 from tests.distributed.ranks import run_on_ranks
 from tests.rollout import attendance_cases
 from tests.rollout.attendance_cases import SLOW_S, TIMEOUT_S
+from tests.rollout.fake_server import FakeServer, fake_server, token_at
+from tests.rollout.served_rank_cases import SAMPLING, SEEDS
+from tests.tiny_models import make_tiny_qwen2
 
 
-def test_a_rank_may_wait_for_servers_longer_than_collectives_do(tmp_path):
-    target = f"{attendance_cases.__name__}:{attendance_cases.outcomes.__name__}"
-    (first, together), (second, _) = run_on_ranks(target, 2, tmp_path)
+@pytest.fixture(scope="module")
+def servers() -> Iterator[tuple[FakeServer, FakeServer]]:
+    """The second one fails for questions of the second rank."""
+    with fake_server(delay_s=0.05) as good, fake_server(delay_s=0.05, fails_for={7, 8}) as bad:
+        yield good, bad
+
+
+@pytest.fixture(scope="module")
+def ranks(servers: tuple[FakeServer, FakeServer], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    urls = [server.url for server in servers]
+    model = make_tiny_qwen2(folder / "model", tied=True, seed=0)
+    (folder / "case.json").write_text(json.dumps({"model": str(model), "servers": [urls, urls[1:]]}))
+    return run_on_ranks(f"{attendance_cases.__name__}:{attendance_cases.outcomes.__name__}", 2, folder / "ranks")
+
+
+def test_a_rank_may_wait_for_servers_longer_than_collectives_do(ranks: list[Any]) -> None:
+    ((first, together), _), ((second, _), _) = ranks
     assert second >= SLOW_S
     assert together - first > TIMEOUT_S
+
+
+def test_a_server_that_one_rank_alone_sees_fail_is_named_and_used_by_none(
+    ranks: list[Any], servers: tuple[FakeServer, FakeServer]
+) -> None:
+    good, bad = servers
+    (_, (first, _)), (_, (second, _)) = ranks
+    assert first["lines"] == [f"rollout server given up: {failure(bad)} (rank 1)"]
+    assert second["lines"] == []
+    seeds = [seed for of in SEEDS for seed in request_seeds(of, SAMPLING.group_size)]
+    expected = [[token_at(seed, position) for position in range(8)] for seed in seeds]
+    for rank in (first, second):
+        assert rank["tokens"] == expected
+        assert rank["usable"] == [good.url]
+
+
+def test_where_one_rank_alone_has_no_server_left_all_say_why(
+    ranks: list[Any], servers: tuple[FakeServer, FakeServer]
+) -> None:
+    _, bad = servers
+    (_, (_, first)), (_, (_, second)) = ranks
+    # It takes the weights again, and fails again.
+    assert first["lines"] == [f"rollout server given up: {failure(bad)} (rank 1)"] * 2
+    for rank in (first, second):
+        assert rank["usable"] == []
+        assert rank["error"].startswith("8 responses could not be sampled, with 1 restarts of the servers (")
+        assert failure(bad) in rank["error"]
+
+
+def failure(server: FakeServer) -> str:
+    return f"{server.url}/inference/v1/generate answered 500: made to fail"

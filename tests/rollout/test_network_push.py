@@ -1,4 +1,4 @@
-"""Pushes of two trainer ranks to two servers of two workers each, over the network, and what becomes of them where a
+"""Pushes of two trainer ranks to three servers of two workers each, over the network, and what becomes of them where a
 server, a bucket or a rank is lost. The workers compare what they get with whole tensors cut by hand.
 
 Processes, HTTP and gloo are real; vLLM's part is played (shard_server.py). With vLLM: test_server_engine.py.

@@ -16,7 +16,7 @@ from megatron_riskpo.errors import RunError, UsageError
 from megatron_riskpo.rollout.served_model import ServedModel
 from megatron_riskpo.rollout.types import SamplingConfig
 from megatron_riskpo.rollout.vllm_arguments import request_seeds
-from tests.rollout.fake_server import VOCAB_SIZE, FakeServer, fake_server, token_at
+from tests.rollout.fake_server import LABELS, VOCAB_SIZE, FakeServer, fake_server, token_at
 from tests.vllm_engines import single_rank
 
 PROMPTS, SEEDS = [[5, 6], [7], [8, 9, 10]], [4, 5, 6]
@@ -81,8 +81,8 @@ def test_without_a_server_left_the_evaluation_ends_and_says_why():
 
 def test_a_server_that_a_run_pushes_to_meanwhile_is_given_up():
     with fake_server(version="default") as one, served([one]) as engine:
-        one.version = "3"
-        with pytest.raises(RunError, match="sampled with weights of version 3"):
+        one.version = LABELS.of(3)
+        with pytest.raises(RunError, match="sampled with weights '0123abcd-3', not its own: another run pushes to it;"):
             engine.generate(PROMPTS, SAMPLING, SEEDS)
 
 

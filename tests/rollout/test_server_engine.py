@@ -157,7 +157,7 @@ def test_a_push_over_the_network_that_another_server_breaks_is_made_again(models
             push(models[name], version)
             assert len(engine._pool.usable) == num_servers
             other.version = "default"  # as after a restart
-            engine._loop.run(engine._pool.give_up_for_all([other.url]))
+            engine._loop.run(engine._pool.give_up_for_all({other.url: "made to fail"}))
             rollouts = engine.generate(PROMPTS, SAMPLING, SEEDS)
             assert max_difference(rollouts, load_hf(models[name]), SAMPLING.temperature) <= 1e-5
             assert rollouts.weight_versions.tolist() == [version] * rollouts.rollout_logprobs.numel()
@@ -311,7 +311,7 @@ def test_weights_that_were_not_pushed_are_refused_and_pushed_again(engine, model
     assert torch.equal(again.tokens, expected.tokens)
     assert sorted(told) == list(range(expected.num_sequences)), "once, though all was asked twice"
     (line,) = lines
-    assert f"{url} sampled with weights of version 99, not 0" in line
+    assert f"{url} sampled with weights '99', not of version 0: this run did not push them" in line
 
 
 def test_wrong_prompts_are_refused_before_they_are_sent(engine, models):
@@ -350,7 +350,7 @@ def test_a_stopped_server_ends_the_run_in_bounded_time_and_may_come_back(models,
         pending = engine.submit(PROMPTS, SAMPLING, SEEDS)
         signal_group(servers["url"], signal.SIGSTOP)
         started = time.monotonic()
-        with pytest.raises(RunError, match="no rollout server is left: none is healthy"):
+        with pytest.raises(RunError, match=rf"no rollout server is left: {url} did not answer within 5 s"):
             engine.collect(pending)
         assert time.monotonic() - started < 20
         signal_group(servers["url"], signal.SIGCONT)
@@ -372,12 +372,12 @@ def test_a_corrupted_bucket_is_named_and_leaves_no_server(engine, models, monkey
     message = r"no rollout server is left: push of version 1 failed: .*/update_weights answered 500: .* has checksum"
     with pytest.raises(RunError, match=message):
         engine.update_weights(exporter(models["b"])(), 1)
-    assert call(url, "/weight_info")["weight_version"] == "towards-1"
+    assert re.fullmatch(r"towards-\w+-1", call(url, "/weight_info")["weight_version"])
 
 
 def test_a_half_updated_server_is_not_used(models, url, tmp_path):
     """The one that the test above left behind."""
     config = with_urls(server_config(models["a"]), url)
-    message = rf"{url} \(or one in which a push broke off\); start it anew"
+    message = rf"a push broke off in {url} \(weights 'towards-\w+-1'\); start servers anew with riskpo serve"
     with single_rank(), pytest.raises(RunError, match=message), server_engine(config, tmp_path, exporter(models["a"])):
         pass

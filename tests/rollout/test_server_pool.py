@@ -1,7 +1,10 @@
-"""Requests over several servers that fail in every way, by servers made for it; real ones: test_server_faults.py."""
+"""Requests over several servers that fail in every way, by servers made for it; real ones:
+test_server_engine.py."""
 
 import asyncio
 import contextlib
+import dataclasses
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,12 +15,16 @@ import pytest
 from megatron_riskpo.config import ServerConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout.server_client import ServerClient
-from megatron_riskpo.rollout.server_pool import NoServersError, Response, ServerPool, continued_seed
+from megatron_riskpo.rollout.server_pool import NoServersError, Response, Server, ServerPool, continued_seed
+from megatron_riskpo.rollout.server_watch import watch
 from megatron_riskpo.rollout.types import SamplingConfig
-from tests.rollout.fake_server import FakeServer, fake_server, token_at
+from megatron_riskpo.rollout.weight_labels import WeightLabels
+from tests.rollout.fake_server import LABELS, VOCAB_SIZE, FakeServer, fake_server, token_at
 
 SAMPLING = SamplingConfig(group_size=1, max_response_tokens=8, temperature=1.0, stop_token_ids=(1,))
-CONFIG = ServerConfig(health_timeout_s=1.0, request_timeout_s=20.0, max_retries=2)
+CONFIG = ServerConfig(health_timeout_s=1.0, request_timeout_s=20.0, push_timeout_s=1.0, max_retries=2)
+OTHERS = WeightLabels("4567cdef")
+"""Of another run."""
 
 
 def with_pool(
@@ -28,12 +35,12 @@ def with_pool(
 
     async def run() -> ServerPool:
         async with aiohttp.ClientSession() as session:
-            pool = ServerPool(lambda url: ServerClient(url, session), config, lines.append)
+            pool = ServerPool(lambda url: ServerClient(url, session, LABELS, VOCAB_SIZE), config, lines.append)
             pool.newest_version = 0
             await pool.admit([server.url for server in servers])
-            watch = asyncio.create_task(pool.watch())
+            watching = asyncio.create_task(watch(pool, config))
             await work(pool)
-            watch.cancel()
+            watching.cancel()
             return pool
 
     return asyncio.run(run()), lines
@@ -82,8 +89,13 @@ def test_requests_that_fail_are_sent_again_with_the_same_seed():
         ({"fail_next": 10**6}, "/inference/v1/generate answered 500: made to fail (3 times in a row)", 5.0),
         ({"failing_calls": {"/health", "/inference/v1/generate"}}, "answered 500", 2.0),
         ({"silent": True}, "did not answer its health check within 1 s", 4.0),
-        ({"version": "7"}, "sampled with weights of version 7, not 0", 2.0),
-        ({"version": "default"}, "sampled with weights of version -1, not 0", 2.0),
+        ({"version": LABELS.of(7)}, "sampled with weights '0123abcd-7', not of version 0: it missed a push", 2.0),
+        ({"version": OTHERS.of(0)}, "sampled with weights '4567cdef-0', not of version 0: another run pushes to", 2.0),
+        ({"version": "default"}, "sampled with weights 'default', not of version 0: it was started anew", 2.0),
+        ({"hangs": True}, "did not answer /weight_info within 1 s: its engine hangs or is dead", 4.0),
+        ({"spoiled": {"finish_reason": None}}, "gave an answer without a reason for its end that is known (None)", 5.0),
+        ({"spoiled": {"logprobs": {"content": [{"logprob": math.nan}] * 8}}}, "without finite log-probs (nan)", 5.0),
+        ({"spoiled": {"token_ids": [VOCAB_SIZE] * 8}}, "without tokens of the vocabulary (96 to 96, not 0 to 95)", 5.0),
         ({"garbled": True}, "gave an answer without 'logprobs'", 5.0),
         ({"binary": True}, "gave an answer without 'choices'", 5.0),
         # Another program has its port now.
@@ -139,7 +151,7 @@ def test_an_aborted_response_goes_on_with_the_new_weights():
         pool.newest_version = 1  # the push that stops the servers
         while len(server.requests) == 1:
             await asyncio.sleep(0.001)
-        server.version = "1"
+        server.version = LABELS.of(1)
         await task
 
     with fake_server(abort_after=3, delay_s=0.1) as server:
@@ -176,6 +188,29 @@ def test_a_server_that_is_gone_is_given_up_at_once():
         assert time.monotonic() - started < 2
     assert f"{gone.url} cannot be reached" in line
     assert_complete(wanted)
+
+
+def test_an_engine_that_loads_weights_is_not_taken_for_one_that_hangs():
+    async def work(pool: ServerPool) -> None:
+        await asyncio.sleep(0.2)  # it is being asked
+        pool.begin_push(1)
+        await asyncio.sleep(0.6)
+        server.hangs = False
+        await pool.admit([server.url])
+        await asyncio.sleep(0.3)
+
+    with fake_server(hangs=True) as server:
+        pool, lines = with_pool([server], work, dataclasses.replace(CONFIG, push_timeout_s=0.4))
+    assert (len(pool.usable), lines) == (1, [])
+
+
+def test_pauses_after_failures_grow_up_to_a_bound():
+    async def pauses() -> list[float]:
+        async with aiohttp.ClientSession() as session:
+            server = Server(ServerClient("http://a:1", session), failed_at=100.0)
+            return [dataclasses.replace(server, failures=num).ready_at for num in (0, 1, 2, 3, 6, 7, 10_000)]
+
+    assert asyncio.run(pauses()) == [0.0, 100.25, 100.5, 101.0, 108.0, 110.0, 110.0]
 
 
 def test_continued_seeds_differ():

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from megatron_riskpo.config import ModelConfig
 from megatron_riskpo.distributed.launch import child_environment
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.rollout import server_process
+from megatron_riskpo.rollout.server_fleet import ServerFleet
 from megatron_riskpo.rollout.server_process import ServerProcess, server_processes
 from tests.server_runs import server_config
 
@@ -45,6 +48,76 @@ def test_a_server_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     for pid in (first, second):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+WELL = """
+import json, os, sys, time
+path, = sys.argv[1:]
+with open(path + ".part", "w") as file:
+    json.dump({"url": "http://a:1"}, file)
+os.rename(path + ".part", path)
+time.sleep(600)
+"""
+
+
+def well_process(folder: Path, monkeypatch: pytest.MonkeyPatch, max_restarts: int) -> ServerProcess:
+    """Of a program that is a healthy server at once."""
+    process = ServerProcess(server_config(folder, server={"max_restarts": max_restarts}), 0, folder)
+    monkeypatch.setattr(ServerProcess, "_command", lambda self: [sys.executable, "-c", WELL, str(self.endpoint)])
+    return process
+
+
+def test_a_server_that_the_machine_does_not_start_is_tried_again_a_bounded_number_of_times(tmp_path, monkeypatch):
+    """Other ranks wait meanwhile: they must be told."""
+    process = well_process(tmp_path, monkeypatch, 3)
+    lines: list[str] = []
+    fleet, spawn, num_refusals = ServerFleet([process], (), lines.append), server_process._spawn, 1
+
+    def refuse(*arguments: Any) -> Any:
+        nonlocal num_refusals
+        num_refusals -= 1
+        if num_refusals >= 0:
+            raise OSError(11, "Resource temporarily unavailable")
+        return spawn(*arguments)
+
+    try:
+        fleet.wait_for_all()
+        monkeypatch.setattr(server_process, "_spawn", refuse)
+        fleet.restart(["http://a:1"])
+        assert fleet.addresses() == ["http://a:1"]
+        failure = "rollout server 0 could not be started: [Errno 11] Resource temporarily unavailable"
+        assert lines[1] == failure
+        assert process.restarts_left == 1
+        num_refusals = 10
+        fleet.restart(["http://a:1"])
+        with pytest.raises(RunError, match=f"is left: {re.escape(failure)}, and server.max_restarts = 3 is used up"):
+            fleet.addresses()
+    finally:
+        fleet.close()
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    process = ServerProcess(server_config(tmp_path), 0, tmp_path / "file" / "servers")
+    process.start()
+    with pytest.raises(RunError, match=r"rollout server 0 could not be started: .*Not a directory: .*servers"):
+        process.wait()
+
+
+def test_a_process_that_the_kernel_does_not_end_is_left_behind(tmp_path, monkeypatch):
+    process = well_process(tmp_path, monkeypatch, 1)
+    process.start()
+    process.wait()
+    pid = process.pid
+    with monkeypatch.context() as patched:
+        patched.setattr(server_process, "_KILL_GRACE_S", 0.2)
+        patched.setattr(server_process.os, "killpg", lambda *arguments: None)
+        begun = time.monotonic()
+        assert process.restart()
+        assert time.monotonic() - begun < 10
+    assert process.wait() == "http://a:1"
+    os.kill(pid, signal.SIGKILL)
+    process.stop(grace_s=0.0)
 
 
 def test_the_server_has_what_decides_its_samples(tmp_path):

@@ -11,7 +11,7 @@ from megatron_riskpo.config import ServerConfig
 from megatron_riskpo.rollout.server_client import ServerClient
 from megatron_riskpo.rollout.server_pool import ServerPool
 from megatron_riskpo.rollout.server_push import FilePush
-from tests.rollout.fake_server import FakeServer, fake_server
+from tests.rollout.fake_server import LABELS, FakeServer, fake_server
 
 TIMEOUT_S = 5.0
 
@@ -19,7 +19,7 @@ TIMEOUT_S = 5.0
 async def push(servers: list[FakeServer], folder: Path, timeout_s: float = TIMEOUT_S) -> FilePush:
     """Two buckets of version 3 to those that can take them."""
     async with aiohttp.ClientSession() as session:
-        pool = ServerPool(lambda url: ServerClient(url, session), ServerConfig(), print)
+        pool = ServerPool(lambda url: ServerClient(url, session, LABELS), ServerConfig(), print)
         ready = await pool.ready_at([server.url for server in servers], TIMEOUT_S)
         update = FilePush(ready, 3, 2, folder, timeout_s)
         await update.start()
@@ -40,7 +40,7 @@ def test_a_server_that_fails_is_given_up_alone(tmp_path, kind, path):
         assert [server.client.url for server in update.alive] == [good.url]
         (reason,) = update.failed.values()
         assert reason.startswith(f"push of version 3 failed: {bad.url}{path}")
-        assert good.version == "3"
+        assert good.version == LABELS.of(3)
         assert good.calls.count("/update_weights") == 2
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@ and the run's own that die while nobody asks them for anything: the run goes on,
 collectives and files are real, vLLM's part is played."""
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,19 +73,19 @@ def test_a_server_started_anew_before_a_push_gets_its_weights(engine, server, mo
     assert_complete(engine.generate(PROMPTS, SAMPLING, SEEDS), 0)
     server.restart()
     engine.update_weights(exporter(model)(), 1)
-    assert server.version == "1"
+    assert server.version.endswith("-1")
     assert_complete(engine.generate(PROMPTS, SAMPLING, SEEDS), 1)
     (line,) = lines
-    assert f"{server.url} has weights 'default', not '0' as it was given: it was started anew" in line
+    assert re.search(rf"{server.url} has weights 'default', not '\w+-0' as it was given: it was started anew", line)
 
 
 def test_a_server_started_anew_after_a_push_gets_its_weights_again(engine, server, model, lines):
     engine.update_weights(exporter(model)(), 0)
     server.restart()
     assert_complete(engine.generate(PROMPTS, SAMPLING, SEEDS), 0)
-    assert server.version == "0"
+    assert server.version.endswith("-0")
     (line,) = lines
-    assert f"{server.url} sampled with weights of version -1, not 0" in line
+    assert f"{server.url} sampled with weights 'default', not of version 0: it was started anew" in line
 
 
 def test_requests_under_way_on_a_server_started_anew_are_sampled_by_the_new_weights(engine, server, model):
@@ -132,7 +133,7 @@ def test_an_own_server_that_dies_between_two_pushes_is_started_again(model, tmp_
         engine.update_weights(exporter(model)(), 1)
         assert [process.num_starts for process in processes] == [2, *[1] * (num_servers - 1)]
         engine.update_weights(exporter(model)(), 2)  # by now it is back
-        assert [server.version for server in servers] == ["2"] * num_servers
+        assert all(server.version.endswith("-2") for server in servers)
         assert_complete(engine.generate(PROMPTS, SAMPLING, SEEDS), 2)
     assert lines[-2:] == [
         f"rollout server given up: {servers[0].url} cannot take weights",

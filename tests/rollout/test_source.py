@@ -47,7 +47,7 @@ class NotingEngine:
         for row in reversed(range(len(tokens))):
             on_finished(row, [tokens[row]])
         ones = torch.ones(len(tokens), dtype=torch.int64)
-        versions = torch.full((len(tokens),), version, dtype=torch.int32)
+        versions = torch.zeros(len(tokens), dtype=torch.int32) + version
         flat = torch.tensor(tokens).repeat_interleave(2)
         return Rollouts(flat, ones, ones, torch.zeros(len(tokens)), ones.bool(), versions)
 
@@ -137,6 +137,15 @@ def test_rollouts_of_wrong_weights_are_refused(version):
     message = rf"step 5: a response was sampled with weights of version {version}, the step needs 3 to 4"
     with pytest.raises(RunError, match=message):
         one.draw(5, 0)
+
+
+@pytest.mark.parametrize(("versions", "named"), [([3, 5], "5"), ([4, 2], "2"), ([5, 3, 2], "2, 5")])
+def test_of_mixed_versions_those_that_are_wrong_are_named(versions, named):
+    engine = NotingEngine()
+    engine.version = torch.tensor(versions).repeat(BATCH)[:BATCH]  # type: ignore[assignment]
+    message = rf"weights of version {named}, the step needs 3 to 4 "
+    with pytest.raises(RunError, match=message):
+        source(engine, 1).draw(5, 0)
 
 
 def test_responses_of_two_versions_are_counted():
