@@ -154,7 +154,7 @@ class ServerConfig:
     """A response that takes longer, in seconds, is asked for again."""
     push_timeout_s: float = 120.0
     """A server that takes longer, in seconds, over a part of a weight push (to get ready, to load a bucket, to put the
-    weights in use) is given up."""
+    weights in use) is given up; so is one whose engine does not answer for so long at any other time."""
     start_timeout_s: float = 300.0
     """A server that the run starts has to be healthy within so many seconds."""
     max_retries: int = 3

@@ -127,11 +127,12 @@ class Bench:
             else:
                 os.kill(process.pid or 0, number)
 
-    def kill_engine(self) -> None:
-        """Leave the first server's HTTP process without its engine: it answers 500 until it ends."""
+    def signal_engine(self, number: signal.Signals) -> None:
+        """Kill the first server's engine, so that its HTTP process answers 500 until it ends, or stop it: then that one
+        calls itself healthy."""
         process = next(iter(self.engine.processes.values()))
         for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
+            child.send_signal(number)
 
     def rename_weights(self) -> None:
         """Make a server say that it has other weights than were pushed."""
@@ -180,7 +181,9 @@ def faults(bench: Bench, *, with_buckets: bool) -> Iterator[Outcome]:
     yield bench.measure("no fault", lambda: bench.generate() and None)  # type: ignore[func-returns-value]
     yield bench.measure("one of two servers killed (SIGKILL)", generate(lambda: bench.kill(signal.SIGKILL, first)))
     yield bench.measure("one of two servers stopped (SIGSTOP)", generate(lambda: bench.kill(signal.SIGSTOP, first)))
-    yield bench.measure("the engine of one killed, so that it answers 500", generate(bench.kill_engine))
+    for number, what in ((signal.SIGKILL, "killed, so that it answers 500"), (signal.SIGSTOP, "stopped")):
+        fault = generate(lambda number=number: bench.signal_engine(number))
+        yield bench.measure(f"the engine of one {what}", fault)
     yield bench.measure("both servers killed", generate(lambda: bench.kill(signal.SIGKILL, both)))
     yield bench.measure("a server has weights of another version", generate(bench.rename_weights))
     yield bench.measure("a server stopped before a push", push_to_stopped)
