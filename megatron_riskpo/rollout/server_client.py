@@ -80,7 +80,7 @@ class ServerClient:
             return str(error)
         if was_ours and self.labels.is_of_another_run(label):
             return f"{self.url} has weights {label!r}: {self.labels.cause(label)}"
-        return f"a push broke off in {self.url} (weights {label!r})" if is_half_updated(label) else ""
+        return f"a push broke off, or is under way, in {self.url} (weights {label!r})" if is_half_updated(label) else ""
 
     async def begin_update(self, version: int, timeout_s: float) -> None:
         """Have it say that its weights are those of no version, until `finish_update`."""

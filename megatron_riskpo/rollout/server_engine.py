@@ -143,7 +143,7 @@ class ServerEngine:
     def _refused(self, urls: Sequence[str]) -> str:
         """What to say of given servers that do not answer, or cannot take weights."""
         self._loop.run(self._pool.ready_at(urls, self._config.server.health_timeout_s))
-        obstacles = self._obstacles()
+        obstacles = "; ".join(filter(None, self._pool.obstacles.values()))
         return f"rollout.server_urls: {obstacles}; start servers anew with riskpo serve" if obstacles else ""
 
     @property
@@ -306,8 +306,9 @@ class ServerEngine:
         fleet.restart(list(update.failed))
         urls = [server.client.url for server in update.alive]
         if not urls and not error and not fleet.has_processes:
-            reasons = filter(None, [*update.failed.values(), self._obstacles()])
-            error = f"no rollout server is left: {'; '.join(reasons)}"
+            # Why a server was given up says more than that it cannot take weights either.
+            reasons = self._pool.obstacles | self._pool.lost() | update.failed
+            error = f"no rollout server is left: {'; '.join(filter(None, reasons.values()))}"
         return PushOutcome(urls, error)
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -336,10 +337,6 @@ class ServerEngine:
 
     def _reasons(self) -> str:
         return "; ".join(self._pool.lost().values())
-
-    def _obstacles(self) -> str:
-        """Rank 0's: why servers cannot take weights."""
-        return "; ".join(filter(None, self._pool.obstacles.values()))
 
     def _agree_on(self, error: str) -> None:
         """Raise rank 0's error on every rank; collective."""

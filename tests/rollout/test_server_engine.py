@@ -350,7 +350,7 @@ def test_a_stopped_server_ends_the_run_in_bounded_time_and_may_come_back(models,
         pending = engine.submit(PROMPTS, SAMPLING, SEEDS)
         signal_group(servers["url"], signal.SIGSTOP)
         started = time.monotonic()
-        with pytest.raises(RunError, match=rf"no rollout server is left: {url} did not answer within 5 s"):
+        with pytest.raises(RunError, match=rf"no rollout server is left: {url} did not answer its health check"):
             engine.collect(pending)
         assert time.monotonic() - started < 20
         signal_group(servers["url"], signal.SIGCONT)
@@ -378,6 +378,6 @@ def test_a_corrupted_bucket_is_named_and_leaves_no_server(engine, models, monkey
 def test_a_half_updated_server_is_not_used(models, url, tmp_path):
     """The one that the test above left behind."""
     config = with_urls(server_config(models["a"]), url)
-    message = rf"a push broke off in {url} \(weights 'towards-\w+-1'\); start servers anew with riskpo serve"
+    message = rf"a push broke off, or is under way, in {url} \(weights 'towards-\w+-1'\); start servers anew"
     with single_rank(), pytest.raises(RunError, match=message), server_engine(config, tmp_path, exporter(models["a"])):
         pass

@@ -60,7 +60,7 @@ def test_of_two_runs_on_one_server_the_one_whose_weights_were_replaced_ends(run:
     with fake_server(version=SERVERS_OWN) as server, run(server.url) as first, run(server.url) as second:
         push_to(first, 7)
         push_to(second, 7)
-        with pytest.raises(RunError, match=rf"no rollout server is left: {server.url} has weights '.*': {ANOTHER_RUN}"):
+        with pytest.raises(RunError, match=rf"no rollout server is left: {server.url} sampled with .*: {ANOTHER_RUN}"):
             first.generate(PROMPTS, SAMPLING, SEEDS)
         with pytest.raises(RunError, match=ANOTHER_RUN):
             push_to(first, 8)
@@ -108,7 +108,7 @@ def test_a_resumed_run_takes_the_servers_of_its_dead_predecessor(run: Run) -> No
 
 
 def test_a_server_in_which_another_runs_push_broke_off_is_refused(run: Run) -> None:
-    message = r"a push broke off in .* \(weights 'towards-4567cdef-7'\); start servers anew with riskpo serve"
+    message = r"a push broke off, or is under way, in .* \(weights 'towards-4567cdef-7'\); start servers anew"
     with (
         fake_server(version=OTHERS.towards(7)) as server,
         pytest.raises(RunError, match=message),
