@@ -69,13 +69,15 @@ def transfer_dir(setup: Setup) -> str | None:
 
 
 def staleness_correction(setup: Setup) -> str | None:
-    """Samples of older weights need the ratio to the policy that made them, somewhere."""
-    config = setup.config
-    uncorrected = config.mismatch.correction == "none" and config.actor.old_logprobs == "recompute"
+    """Samples of older weights need the ratio to the policy that made them, somewhere. `geometric` has it nowhere: it
+    rejects responses, and what it keeps counts as if the newest weights had made it."""
+    config, correction = setup.config, setup.config.mismatch.correction
+    uncorrected = correction in ("none", "geometric") and config.actor.old_logprobs == "recompute"
     if config.rollout.max_staleness and uncorrected:
         return (
-            f"rollout.max_staleness = {config.rollout.max_staleness} trains on samples of older weights, which nothing "
-            'corrects for; set mismatch.correction to "tis_sequence", or actor.old_logprobs to "rollout"'
+            f"rollout.max_staleness = {config.rollout.max_staleness} trains on samples of older weights, which "
+            f'mismatch.correction = "{correction}" does not weigh; set it to "tis_sequence", or to "none" with '
+            'actor.old_logprobs = "rollout"'
         )
     return None
 

@@ -30,7 +30,11 @@ def on_servers(**rollout: Any) -> TrainConfig:
         ),
         (
             on_servers(max_staleness=2),
-            'max_staleness = 2 trains on samples of older .* "tis_sequence", .* "rollout"',
+            'max_staleness = 2 trains on samples of older .* "none" does not weigh; .* "tis_sequence", .* "rollout"',
+        ),
+        (
+            dataclasses.replace(on_servers(max_staleness=1), mismatch=MismatchConfig(correction="geometric", cap=1.01)),
+            'correction = "geometric" does not weigh; set it to "tis_sequence"',
         ),
         (on_servers(engine="megatron"), 'needs rollout.engine = "vllm", not "megatron"'),
         (TrainConfig(rollout=RolloutConfig(server_urls=("http://a:1",))), 'no effect on rollout.placement = "coloc'),
