@@ -113,8 +113,9 @@ class RolloutConfig:
     server_urls: tuple[str, ...] = ()
     """Addresses of running servers (`riskpo serve`), http://HOST:PORT; the run then starts none."""
     max_staleness: int = 0
-    """Optimizer steps that the weights may be behind which a token was sampled with. 0: on-policy, servers idle while
-    the step trains; k: the responses of the next k steps are sampled meanwhile (placement = "server")."""
+    """RL steps (of actor.mini_batches optimizer steps each) that the weights may be behind which a token was sampled
+    with. 0: on-policy, servers idle while the step trains; k: the responses of the next k steps are sampled meanwhile
+    (placement = "server")."""
     group_size: int = 8
     """G: responses a question."""
     max_response_tokens: int = 64

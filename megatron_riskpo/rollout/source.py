@@ -46,8 +46,9 @@ class RolloutSource:
     """Draws questions and has them answered; the same calls on every rank.
 
     With max_staleness = k the first draws of the next k steps are sampled while a step trains, with weights that are
-    then at most k optimizer steps old. Of what is under way at a checkpoint, questions and tokens so far are saved:
-    after a resume the answers go on from there, no question is lost and none comes twice.
+    then at most k RL steps (of actor.mini_batches optimizer steps each) old. Of what is under way at a checkpoint,
+    questions and tokens so far are saved: after a resume the answers go on from there, no question is lost and none
+    comes twice.
     """
 
     def __init__(
@@ -138,15 +139,15 @@ class RolloutSource:
 
 
 def token_staleness(step: int, rollouts: Rollouts) -> torch.Tensor:
-    """int32 [num_response_tokens]: optimizer steps that the weights of each token are behind those of the step's
-    beginning; empty where the engine does not know."""
+    """int32 [num_response_tokens]: RL steps (of actor.mini_batches optimizer steps each) that the weights of each token
+    are behind those of the step's beginning; empty where the engine does not know."""
     versions = rollouts.weight_versions
     return torch.empty(0, dtype=torch.int32) if versions is None else step - 1 - versions
 
 
 def staleness_metrics(step: int, rollouts: Rollouts) -> dict[str, float]:
-    """rollout/staleness_mean and _max, of tokens; rollout/mixed_versions: share of the responses that were begun with
-    one version and went on with another."""
+    """rollout/staleness_mean and _max, of tokens, in RL steps; rollout/mixed_versions: share of the responses that were
+    begun with one version and went on with another."""
     staleness = token_staleness(step, rollouts)
     if not staleness.numel():
         return {}
