@@ -19,9 +19,6 @@ from megatron_riskpo.rollout.vllm_engine import VllmEngine
 from tests.distributed.ranks import release_groups
 
 NUM_UPDATES = 5
-THROUGH_MEMORY: dict[int, tuple[str, ...]] = {2: (), 4: ("qwen3_moe",)}
-"""By number of ranks, models that are pushed through shared memory, too, and not over gloo alone. The rest is the same
-code; two ranks and a server: test_server_engine."""
 SMALL_BUCKET_MIB = 0.1
 """Several rounds even for models of a megabyte; a tensor of the embedding's size is cut."""
 
@@ -42,14 +39,15 @@ def outcomes(folder: Path) -> dict[tuple[str, str, str, bool], list[dict[str, fl
     """By (model, actor layout, vLLM's options, whether through shared memory and not over gloo): of every update the
     largest difference of log-probs, and what was compared.
 
-    `cases.pt` in folder.parent: a list of (model's name, [actor layout], [vLLM's options])."""
+    `cases.pt` in folder.parent: a list of (model's name, [actor layout], [vLLM's options], [whether through shared
+    memory])."""
     results = {}
-    for name, layouts, engines in torch.load(folder.parent / "cases.pt"):
+    for name, layouts, engines, ways in torch.load(folder.parent / "cases.pt"):
         for options in engines:
             engine = build_engine(folder.parent / name, options)
             for layout in layouts:
                 actor = build_actor(folder.parent / name, layout)
-                for shared in (False, True) if name in THROUGH_MEMORY[dist.get_world_size()] else (False,):
+                for shared in ways:
                     results[name, str(layout), str(options), shared] = _updates(actor, engine, shared=shared)
             engine.close()
             release_groups()
