@@ -157,7 +157,8 @@ class ServerConfig:
     """A server that takes longer, in seconds, over a part of a weight push (to get ready, to load a bucket, to put the
     weights in use) is given up; so is one whose engine does not answer for so long at any other time."""
     start_timeout_s: float = 300.0
-    """A server that the run starts has to be healthy within so many seconds."""
+    """A server has to be healthy within so many seconds of its start: one of `riskpo serve` ends else, one that the run
+    starts is ended."""
     max_retries: int = 3
     """A server that fails more often than this in a row is given up; a request that fails more often than this and
     the number of servers together ends the run."""

@@ -25,7 +25,7 @@ _KILL_GRACE_S = 10.0
 
 # What a server must know of the run's configuration.
 _SHARED_OPTIONS = (
-    *("run.seed", "model.dtype", "data.max_prompt_tokens", "bridge.verify"),
+    *("run.seed", "model.dtype", "data.max_prompt_tokens", "bridge.verify", "server.start_timeout_s"),
     *("rollout.max_response_tokens", "rollout.tp", "rollout.max_num_seqs", "rollout.kv_cache_gib"),
     *("rollout.gpu_memory_utilization", "rollout.expert_parallel"),
 )

@@ -22,6 +22,7 @@ from megatron_riskpo.collector import lasting_imports
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.rollout.start_deadline import Interrupted, StartDeadline, interrupt
 from megatron_riskpo.rollout.vllm_arguments import engine_arguments
 from megatron_riskpo.rollout.vllm_environment import import_vllm, prepare_server_environment, without_import_noise
 
@@ -47,24 +48,33 @@ class ServeOptions:
 
 def serve(config: TrainConfig, options: ServeOptions) -> int:
     """Serve config.model.path until a signal comes; exit code 0. Raises UsageError where vLLM does not start on the
-    model, RunError where the engine dies."""
+    model, RunError where the engine dies, or is not healthy within config.server.start_timeout_s."""
     prepare_server_environment()
     # The port is taken before the model is loaded, so that a clash is told at once.
     listener = _listen(options.host, options.port)
-    host, port = listener.getsockname()[:2]
-    signal.signal(signal.SIGTERM, _interrupt)
-    with without_import_noise(), contextlib.closing(listener):
-        endpoint = _endpoint(options, port)
-        _check_endpoint(endpoint)
-        with lasting_imports():
-            import_vllm()
-            args = _arguments(config, options, host, port)
-        try:
-            with asyncio.Runner(loop_factory=_loop_class()) as runner:
-                runner.run(_run(args, listener, _url(host, port), endpoint))
-        except KeyboardInterrupt:
-            print("stopped by a signal before the server was healthy", file=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
+    try:
+        with (
+            contextlib.closing(listener),
+            StartDeadline(config.server.start_timeout_s) as deadline,
+            without_import_noise(),
+        ):
+            _serve_on(listener, config, options, deadline)
+    except Interrupted:
+        print("stopped by a signal before the server was healthy", file=sys.stderr)
     return 0
+
+
+def _serve_on(listener: socket.socket, config: TrainConfig, options: ServeOptions, deadline: StartDeadline) -> None:
+    host, port = listener.getsockname()[:2]
+    endpoint = _endpoint(options, port)
+    _check_endpoint(endpoint)
+    with lasting_imports():
+        import_vllm()
+        args = _arguments(config, options, host, port)
+    with asyncio.Runner(loop_factory=_loop_class()) as runner:
+        runner.run(_run(args, listener, _url(host, port), endpoint, deadline))
 
 
 def _endpoint(options: ServeOptions, port: int) -> Path | None:
@@ -99,10 +109,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}; choose others (--port 0: any)"
         ) from error
     return listener
-
-
-def _interrupt(*signal_and_frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _url(host: str, port: int) -> str:
@@ -169,11 +175,13 @@ def _loop_class() -> type[asyncio.AbstractEventLoop]:
     return SignalNotingLoop
 
 
-async def _run(args: Namespace, listener: socket.socket, url: str, endpoint: Path | None) -> None:
+async def _run(
+    args: Namespace, listener: socket.socket, url: str, endpoint: Path | None, deadline: StartDeadline
+) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
 
     record = json.dumps({"url": url, "pid": os.getpid(), "host": socket.gethostname()}) + "\n"
-    announcing = asyncio.create_task(_announce(url, endpoint, record))
+    announcing = asyncio.create_task(_announce(url, endpoint, record, deadline))
     try:
         async with build_async_engine_client(args) as engine:
             finish = await build_and_serve(engine, url, listener, args)
@@ -189,13 +197,14 @@ async def _run(args: Namespace, listener: socket.socket, url: str, endpoint: Pat
         raise RunError(f"the engine of the server at {url} died; see the lines above")
 
 
-async def _announce(url: str, endpoint: Path | None, record: str) -> None:
+async def _announce(url: str, endpoint: Path | None, record: str, deadline: StartDeadline) -> None:
     """Once the server is healthy, say where it is: `record` is the endpoint file's content."""
     import aiohttp
 
     async with aiohttp.ClientSession() as session:
         while not await _is_healthy(session, url):
             await asyncio.sleep(_HEALTH_POLL_S)
+    deadline.met()
     if endpoint is not None:
         part = endpoint.with_name(endpoint.name + ".part")
         part.write_text(record, encoding="utf-8")

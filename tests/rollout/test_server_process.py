@@ -121,12 +121,14 @@ def test_a_process_that_the_kernel_does_not_end_is_left_behind(tmp_path, monkeyp
 
 
 def test_the_server_has_what_decides_its_samples(tmp_path):
-    config = dataclasses.replace(server_config(tmp_path), model=ModelConfig(path="m", dtype="bfloat16"))
+    config = server_config(tmp_path, server={"start_timeout_s": 900.0})
+    config = dataclasses.replace(config, model=ModelConfig(path="m", dtype="bfloat16"))
     command = ServerProcess(config, 0, tmp_path)._command()
     options = dict(itertools.pairwise(command))
     assert options["--model.dtype"] == "bfloat16"
     assert options["--rollout.max_response_tokens"] == "40"
     assert options["--bridge.verify"] == "none"
+    assert options["--server.start_timeout_s"] == "900.0"
     assert "--without-weights" in command
 
 

@@ -16,12 +16,15 @@ from tests.slurm.runs import ROOT, SCRIPTS, log, phase, use_environment
 from tests.test_slurm_command import MODEL
 
 RISKPO = """#!/bin/bash
-# Its arguments and place; then: `serve` announces itself and ends at TERM, `... bad ...` fails,
-# `... stall ...` ends as by the watchdog, `... wait ...` waits for the file `go`.
+# Its arguments and place; then: `serve` announces itself and ends at TERM (with `... slow ...` a node's second one does
+# not announce itself), `... bad ...` fails, `... wrong ...` as after wrong input, `... stall ...` ends as by the
+# watchdog, `... wait ...` waits for the file `go`.
 printf '%s\\n' "$SLURMD_NODENAME" "${CUDA_VISIBLE_DEVICES-}" "$@" >"$1.${SLURM_STEP_ID}_$SLURM_PROCID"
-[[ " $* " == *" bad "* ]] && exit 3
+[[ " $* " == *" bad "* ]] && echo "no luck" && exit 3
+[[ " $* " == *" wrong "* ]] && exit 2
 [[ " $* " == *" stall "* ]] && echo "rank 1 lags" >"$RISKPO_STALLED_FILE" && exit 137
 trap 'echo ended >"ended.$SLURM_STEP_ID"; exit 0' TERM
+while [[ $1 == serve && " $* " == *"_1.json "*" slow "* ]]; do sleep 0.05; done
 while [[ $1 == serve && $# -gt 1 ]]; do
     if [[ $2 == --endpoint ]]; then
         echo "{\\"url\\": \\"http://$SLURMD_NODENAME:80$SLURM_STEP_ID\\", \\"pid\\": 1}" >"$3"
@@ -174,17 +177,46 @@ def test_servers_run_on_nodes_of_their_own_and_end_with_the_run(submit: Submit) 
     assert len(list(job.folder.glob("ended.*"))) == 2
 
 
-def test_a_server_that_does_not_come_up_ends_the_job(submit: Submit) -> None:
-    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--server-nodes=1", "my.toml", "bad")
+def test_a_server_that_does_not_come_up_ends_the_job_with_its_exit_code(submit: Submit, tmp_path: Path) -> None:
+    with (tmp_path / "env.sh").open("a") as env:
+        env.write("RETRIES=1\n")
+    jobs = [submit("--nodes=2", SCRIPTS / "train.sbatch", "--server-nodes=1", "my.toml", w) for w in ("bad", "wrong")]
+    for job, code, restarts in zip(jobs, (3, 2), ("1", "0"), strict=True):
+        job.end("FAILED")
+        assert (job.shown("ExitCode"), job.shown("Restarts")) == (f"{code}:0", restarts)
+        assert f"server_n1_0 ended with exit code {code} before all were healthy:\n" in log(job, 1, "batch")
+        assert not started(job, "train.*")
+    assert "healthy:\nno luck\n" in log(jobs[0], 1, "batch")
+
+
+def test_servers_that_a_job_still_waits_for_are_named_at_its_end(submit: Submit, tmp_path: Path) -> None:
+    with (tmp_path / "env.sh").open("a") as env:
+        env.write("IDLE_RETRIES=0\n")
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--server-nodes=1", "--servers-per-node=2", "my.toml", "slow")
+    job.wait_for((job.logs / "attempt_1" / "server_n1_0.json").exists)
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.id)
     job.end("FAILED")
-    assert "a rollout server ended before all were healthy" in log(job, 1, "batch")
+    assert "a signal came before all rollout servers were healthy" in log(job, 1, "batch")
+    assert "not yet: server_n1_1; see" in log(job, 1, "batch")
     assert not started(job, "train.*")
 
 
-def test_too_many_server_nodes_are_refused(submit: Submit) -> None:
-    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--server-nodes=2", "my.toml")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--server-nodes=2"], "--server-nodes=2 --servers-per-node=1: of 2 nodes at least one has to train"),
+        (
+            ["--server-nodes=1", "--servers-per-node=5"],
+            "--servers-per-node=5: a node has 4 GPUs, and a server takes one at least",
+        ),
+    ],
+)
+def test_too_many_servers_are_refused(options: list[str], message: str, submit: Submit) -> None:
+    job = submit("--nodes=2", "--gpus-per-node=4", SCRIPTS / "train.sbatch", *options, "my.toml")
     job.end("FAILED")
-    assert "--server-nodes=2 --servers-per-node=1: of 2 nodes at least one has to train" in log(job, 1, "batch")
+    assert message in log(job, 1, "batch")
+    assert job.shown("ExitCode") == "2:0"
+    assert not started(job, "serve.*")
 
 
 def test_a_server_alone_serves_until_it_is_cancelled(submit: Submit) -> None:
