@@ -25,6 +25,26 @@ def test_predicted_bytes_are_those_of_the_plans():
     assert sync.far_gb == 0
     assert sync.seconds == pytest.approx(busiest / NVLINK_BYTES_S)
     assert sync.ideal_seconds == pytest.approx(max(plan.num_bytes(plan.receives) for plan in plans) / NIC_BYTES_S)
+    assert sync.slices_in == max(len(plan.receives) for plan in plans)
+    assert sync.slices_out == max(len(plan.sends) for plan in plans)
+    assert sync.slices == max(len(plan.receives) + len(plan.sends) for plan in plans)
+
+
+def test_the_host_is_timed_on_a_whole_push_of_as_many_slices():
+    from reshard_cases import SYNC_CASES
+    from reshard_host import microseconds_a_slice, push_of, tiny
+
+    from megatron_riskpo.resharding.plan import plan_rank
+
+    for case in (small_case(), SYNC_CASES[0]):
+        push, sink = push_of(tiny(case).layout, 0)
+        push.run(sink, version=0)
+        assert not any(sink.missing.values())
+        # Of a large one embedding and output layer are cut in addition.
+        whole = plan_rank(case.layout, 0)
+        assert 0.9 * len(whole.receives) <= len(push.plan.receives) <= len(whole.receives)
+        assert 0.9 * len(whole.sends) <= len(push.plan.sends) <= len(whole.sends)
+    assert microseconds_a_slice(small_case(), repeats=1) > 0
 
 
 def test_megatrons_planner_plans_the_same_model():
