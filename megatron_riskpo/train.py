@@ -140,7 +140,7 @@ def _build(
         config=config,
         actor=actor,
         engine=engine,
-        bridge=Bridge(actor, engine, config.bridge, config.run.seed),
+        bridge=Bridge(actor, engine, config.bridge, config.run.seed, config.run.timeout_s),
         pool=pool,
         tokenizer=tokenizer,
         train_set=train_set,

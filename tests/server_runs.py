@@ -89,7 +89,7 @@ def shards_of(folder: Path) -> ActorShards:
     shape, tensors = shape_of(hf_config), load_file(folder / "model.safetensors")
     rules = family_of(hf_config).rules(shape)
     parameters = {rule.megatron: rule.fusion.fuse([tensors[name] for name in rule.hf], shape) for rule in rules}
-    return ActorShards(hf_config, ActorLayout(1), parameters)
+    return ActorShards(hf_config, ActorLayout(1), parameters, node_size=1)
 
 
 def exporter(folder: Path) -> Callable[[], Iterable[tuple[str, Tensor]]]:

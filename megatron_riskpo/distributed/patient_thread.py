@@ -56,8 +56,19 @@ class PatientThread:
 
     def _run(self) -> None:
         while True:
-            work, future = self._work.get()
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
+            _settle(*self._work.get())
+
+
+def in_time(work: Callable[[], T], patience_s: float) -> T:
+    """What one call returns, or raises; TimeoutError where that takes longer than `patience_s`: then it goes on, for as
+    long as the process lives."""
+    call: Future[T] = Future()
+    threading.Thread(target=_settle, args=(work, call), daemon=True).start()
+    return call.result(patience_s)
+
+
+def _settle(work: Callable[[], T], call: "Future[T]") -> None:
+    try:
+        call.set_result(work())
+    except Exception as error:
+        call.set_exception(error)

@@ -128,7 +128,7 @@ def _served(config: EvaluateConfig, out: Path, world: ProcessGroup, say: Callabl
     vocab_size = load_model_config(config.model.path, "--model")["vocab_size"]
     served = ServedModel(
         Path(config.model.path), config.rollout.server_urls, config.server, max_model_len=max_model_len(config),
-        vocab_size=vocab_size, world_group=world, log=say,
+        vocab_size=vocab_size, world_group=world, timeout_s=config.run.timeout_s, log=say,
     )  # fmt: skip
     if world.rank() == 0:
         note_servers(out, {url: asdict(card) for url, card in served.cards.items()})

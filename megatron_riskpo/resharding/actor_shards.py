@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.layouts import ActorLayout
-from megatron_riskpo.resharding.node import node_size
+from megatron_riskpo.resharding.node import agreed_node_size
 from megatron_riskpo.resharding.schedule import BridgeLayout
 
 if TYPE_CHECKING:
@@ -25,14 +25,18 @@ class ActorShards:
     layout: ActorLayout
     parameters: Mapping[str, Tensor]
     """By their names in the family's table; the same storage all the time."""
+    node_size: int
+    """Ranks that share a machine, the same number on every rank."""
 
     @classmethod
     def of(cls, actor: "Actor") -> "ActorShards":
+        """Collective."""
         # Megatron may only be imported once the CPU backend is in place.
         from megatron_riskpo.actor.model import named_parameters
 
         layout = ActorLayout.of(actor.config, actor.grid.world.size())
-        return cls(actor.hf_config, layout, dict(named_parameters(actor.chunks)))
+        parameters = dict(named_parameters(actor.chunks))
+        return cls(actor.hf_config, layout, parameters, agreed_node_size(actor.grid.world))
 
     @property
     def example(self) -> Tensor:
@@ -46,7 +50,7 @@ class ActorShards:
             "hf_config": dict(self.hf_config), "actor": asdict(self.layout), "tp": rollout.tp,
             "expert_parallel": rollout.expert_parallel, "servers": num_servers,
             "item_size": self.example.element_size(), "bucket_mib": config.bridge.bucket_mib,
-            "node_size": node_size(self.layout.world_size),
+            "node_size": self.node_size,
         }  # fmt: skip
 
     @property

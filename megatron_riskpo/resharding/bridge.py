@@ -2,16 +2,16 @@
 
 import math
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from megatron_riskpo.actor.actor import Actor
 from megatron_riskpo.config import PROBE_LENGTH, BridgeConfig
 from megatron_riskpo.errors import RunError, UsageError
+from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.push import PushReport
+from megatron_riskpo.rollout.joint_work import JointWork
 from megatron_riskpo.rollout.types import RolloutEngine, Rollouts, ScoringEngine, WholeWeightsEngine
 
 if TYPE_CHECKING:
@@ -24,13 +24,17 @@ PROBE_SEQUENCES = 8
 class Bridge:
     """Keeps the rollout engine on the actor's weights."""
 
-    def __init__(self, actor: Actor, engine: RolloutEngine, config: BridgeConfig, seed: int) -> None:
+    def __init__(
+        self, actor: Actor, engine: RolloutEngine, config: BridgeConfig, seed: int, timeout_s: float = 600.0
+    ) -> None:
+        """`timeout_s`: run.timeout_s, how long a rank may take for verify = "probe"."""
         self.actor = actor
         self.engine = engine
         self.config = config
         # Each rank needs a sequence a micro-batch, and interleaved stages pp micro-batches.
         self.probe = _probe(actor.shape.vocab_size, actor.grid.dp.size() * actor.grid.pp.size(), seed)
         self._in_process = _in_process(actor, engine, config)
+        self._joint = JointWork(Control.of_all(config.timeout_s), timeout_s) if config.verify == "probe" else None
 
     def sync(self, version: int) -> dict[str, float]:
         """Bring the engine to the actor's weights and call them `version`. Collective.
@@ -44,8 +48,8 @@ class Bridge:
             return {}
         metrics = self._push(version)
         check_version(self.engine.weight_version, version)
-        if self.config.verify == "probe":
-            metrics |= self._verify(cast(ScoringEngine, self.engine), version)
+        if self._joint is not None:
+            metrics |= self._verify(self._joint, cast(ScoringEngine, self.engine), version)
         return metrics
 
     def _push(self, version: int) -> dict[str, float]:
@@ -63,13 +67,15 @@ class Bridge:
         metrics["bridge/shared_memory"] = float(self._in_process.in_shared_memory)
         return metrics | push_metrics(self._in_process.report)
 
-    def _verify(self, engine: ScoringEngine, version: int) -> dict[str, float]:
+    def _verify(self, joint: JointWork, engine: ScoringEngine, version: int) -> dict[str, float]:
         expected = self.actor.logprobs(self.probe, temperature=1.0)
-        found = torch.cat(self._scores(engine))
-        # Infinity in place of NaN: a MAX over ranks may drop a NaN.
-        worst = (found - expected).abs().mean().nan_to_num(nan=math.inf).to(self.actor.grid.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.actor.grid.world)
-        difference = float(worst)
+
+        def difference_here() -> float:
+            found = torch.cat(engine.token_logprobs([s.tolist() for s in self.probe.sequences()]))
+            # Infinity in place of NaN, which would get lost among others.
+            return float((found - expected).abs().mean().nan_to_num(nan=math.inf))
+
+        difference = max(joint.of_all(difference_here, f"the probe of version {version}"))
         if difference > self.config.tolerance:
             raise RunError(
                 f"bridge.verify: after sync {version} log-probs of engine and actor differ by {difference:.2e} nats on "
@@ -77,19 +83,6 @@ class Bridge:
                 "bridge.tolerance for a lower-precision dtype)"
             )
         return {"bridge/verify_logprob_abs_mean": difference}
-
-    def _scores(self, engine: ScoringEngine) -> list[Tensor]:
-        """The engine's log-probs of the probe; RunError on every rank where it fails for one."""
-        scores, problem = [], ""
-        try:
-            scores = engine.token_logprobs([s.tolist() for s in self.probe.sequences()])
-        except RunError as error:
-            problem = str(error)
-        problems: list[Any] = [""] * self.actor.grid.world.size()
-        dist.all_gather_object(problems, problem, group=self.actor.grid.world)
-        if any(problems):
-            raise RunError(next(filter(None, problems)))
-        return scores
 
 
 def _in_process(actor: Actor, engine: RolloutEngine, config: BridgeConfig) -> "InProcessPush | None":

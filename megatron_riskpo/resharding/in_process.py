@@ -11,7 +11,7 @@ from megatron_riskpo.config import BridgeConfig
 from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.golden import GoldenCopy
 from megatron_riskpo.resharding.layout_check import Placement
-from megatron_riskpo.resharding.node import node_size
+from megatron_riskpo.resharding.node import agreed_node_size
 from megatron_riskpo.resharding.peer_parameters import VERSION_PHASE, share_among
 from megatron_riskpo.resharding.placements import checked_placements, expected_numbers
 from megatron_riskpo.resharding.plan import plan_rank
@@ -77,8 +77,10 @@ class InProcessPush:
             self.run(version)
         finally:
             self.sink.keep = None
-        checked = golden.compare(self._actor.export_weights(), self._traced, self.sink.model)
-        worst = self._control.gather(len(golden.differences), "golden comparison")
+        phase = f"the comparison of version {version}"
+        weights = self._control.guarded(self._actor.export_weights(), phase)
+        checked = golden.compare(weights, self._traced, self.sink.model)
+        worst = self._control.gather(len(golden.differences), phase)
         golden.refuse(version, worst)
         return checked
 
@@ -92,8 +94,8 @@ def _layout(actor: Actor, engine: VllmEngine, config: BridgeConfig) -> BridgeLay
     num_ranks = actor.grid.world.size()
     dtype = next(iter(named_parameters(actor.chunks)))[1].dtype
     return BridgeLayout.colocated(
-        actor.hf_config, actor.config, num_ranks, engine.tp, dtype.itemsize, config.bucket_mib, node_size(num_ranks),
-        expert_parallel=engine.expert_parallel,
+        actor.hf_config, actor.config, num_ranks, engine.tp, dtype.itemsize, config.bucket_mib,
+        agreed_node_size(actor.grid.world), expert_parallel=engine.expert_parallel,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class SharedParameters:
         tensors = list(self._parameters.values())
         synchronize(tensors[0].device)
         are_in_place = [tensor.data_ptr() for tensor in tensors] == self._addresses
-        found = control.gather(version if are_in_place else _MOVED, VERSION_PHASE)
+        found = control.gather(version if are_in_place else _MOVED, f"{VERSION_PHASE}, here {version}")
         moved = [rank for rank, value in enumerate(found) if value == _MOVED]
         if moved:
             raise RunError(f"weight push: ranks {moved} have moved parameters since they said where they are")

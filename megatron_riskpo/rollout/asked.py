@@ -9,6 +9,8 @@ from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.server_pool import NoServersError, Response, ServerPool
 from megatron_riskpo.rollout.types import SamplingConfig
 
+RESPONSES = "the responses of the rollout servers"
+"""A phase, as errors call it."""
 Asked = dict["Future[None]", int]
 """The row of each response that was asked for."""
 
@@ -22,7 +24,7 @@ def ask(
 
 def outcomes(asked: Asked, attendance: Attendance) -> Iterator[tuple[int, RunError | NoServersError | None]]:
     """Each row as soon as its response is finished, or will not be: then with the reason."""
-    for future in attendance.finished(asked):
+    for future in attendance.finished(asked, RESPONSES):
         try:
             future.result()
             yield asked[future], None

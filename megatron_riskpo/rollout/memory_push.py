@@ -17,7 +17,7 @@ from megatron_riskpo.resharding.control import Control
 from megatron_riskpo.resharding.peer_parameters import share_with_all
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.transports import shared_memory
-from megatron_riskpo.rollout.first_rank import from_first
+from megatron_riskpo.rollout.joint_work import JointWork
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.server_client import ServerClient
 from megatron_riskpo.rollout.server_pool import Server
@@ -33,17 +33,18 @@ class MemoryPush:
     def __init__(self, config: TrainConfig, shards: ActorShards, group: dist.ProcessGroup, loop: LoopThread) -> None:
         """Servers are called in `loop`; they need not be up yet. Raises UsageError for layouts that cannot be,
         RunError, on every rank, where the ranks are not on one machine or it has no room to share their weights."""
-        self._config, self._shards, self._group, self._loop = config, shards, group, loop
+        self._config, self._shards, self._loop = config, shards, loop
         self._num_servers = len(config.rollout.server_urls) or config.rollout.servers
         self._options = shards.layout_options(config, self._num_servers)
         plan_rank(served_layout(self._options), group.rank())  # its errors now, not once servers are up
+        self._control = Control.of_all(config.bridge.timeout_s)
+        self._joint = JointWork(self._control, config.run.timeout_s)
         try:
             self._own, self._records = share_with_all(shards.parameters, group)
-            from_first(self._look_whether_open, group)
+            self._joint.of_first(self._look_whether_open, "the look at the shared weights")
         except RunError as error:
             hint = 'set it to "network" or "file"'
             raise RunError(f'server.transport = "shared_memory": {error}; {hint}') from error
-        self._control = Control(dist.new_group(backend="gloo"), config.bridge.timeout_s)  # type: ignore[arg-type]
         self._told: set[str] = set()
         """Rank 0's: the servers that know where the weights are."""
         self._last: ServerUpdate | None = None
@@ -61,9 +62,10 @@ class MemoryPush:
         Raises RunError, on every rank, where a rank does not come."""
         self._own.agree(self._control, version)
         begun: list[_MemoryUpdate] = []
-        # In two parts: others wait for the first rank in a collective.
-        from_first(lambda: begun.append(self._begin(servers(), version)), self._group)
-        from_first(lambda: self._finish(begun[0]), self._group)
+        phase = f"the push of version {version}"
+        # In two parts, each of which may take run.timeout_s.
+        self._joint.of_first(lambda: begun.append(self._begin(servers(), version)), f"the servers' pause for {phase}")
+        self._joint.of_first(lambda: self._finish(begun[0]), phase)
         return begun[0] if begun else None
 
     def _begin(self, servers: Sequence[Server], version: int) -> "_MemoryUpdate":

@@ -46,7 +46,7 @@ class NetworkPush:
         self._timeout_s = config.bridge.timeout_s
         num_servers = len(config.rollout.server_urls) or config.rollout.servers
         plan_rank(self._layout(num_servers), group.rank())  # its errors now, not once servers are up
-        self._ranks = PushRanks(group, self._timeout_s)
+        self._ranks = PushRanks(group, self._timeout_s, config.run.timeout_s)
         self._lead: PushLead | None = None
         """Rank 0's."""
         self._num_groups = 0
@@ -70,13 +70,15 @@ class NetworkPush:
     def run(self, servers: Callable[[], Sequence[Server]], version: int) -> ServerUpdate | None:
         """Bring the weights as they are to all servers, which only rank 0 looks for; what became of them, on rank 0.
         Raises RunError, on every rank, where a rank of the trainer is lost."""
-        if not self._ranks.from_first(lambda: self._start(servers(), version)):
+        phase, ranks = f"the push of version {version}", self._ranks
+        ranks.agree_on_version(version)
+        if not ranks.from_first(lambda: self._start(servers(), version), f"the search for servers for {phase}"):
             self.leave()
-        self._ranks.agree_on_version(version)
-        while urls := self._ranks.from_first(lambda: [server.client.url for server in self._leading.waiting()]):
-            if (urls == self._members or self._meet(urls)) and self._ranks.from_first(lambda: self._leading.begin()):
-                self._send(urls, version)
-        self._ranks.from_first(lambda: self._leading.finish())
+        while urls := ranks.from_first(lambda: [server.client.url for server in self._leading.waiting()], phase):
+            is_group = urls == self._members or self._meet(urls)
+            if is_group and ranks.from_first(lambda: self._leading.begin(), f"the servers' pause for {phase}"):
+                self._send(urls, phase, version)
+        ranks.from_first(lambda: self._leading.finish(), f"the end of {phase}")
         return None if self._lead is None else self._lead.update
 
     @property
@@ -117,9 +119,10 @@ class NetworkPush:
                 timeout_s=self._timeout_s, with_checksums=self._config.bridge.verify == "checksum",
             )  # fmt: skip
 
-        answers = self._together(urls, ask, work, "the group with the rollout servers")
+        phase = "the group with the rollout servers"
+        answers = self._together(urls, ask, work, phase)
         is_ranks_affair = self._push is None and not any(answers.values())
-        if is_ranks_affair and not self._ranks.from_first(lambda: self._leading.try_again()):
+        if is_ranks_affair and not self._ranks.from_first(lambda: self._leading.try_again(), phase):
             raise RunError(f"weight push: {self._problems[0].message}")
         self._members = urls if self._push is not None else []
         return self._push is not None
@@ -134,14 +137,14 @@ class NetworkPush:
         }  # fmt: skip
         return {"transport": "network", "options": options}
 
-    def _send(self, urls: list[str], version: int) -> None:
+    def _send(self, urls: list[str], phase: str, version: int) -> None:
         """The push itself, as far as it comes."""
         body = {"update_info": {"content": {"version": version}}}
         answers = self._together(
             urls,
             lambda: self._leading.ask("/update_weights", [body] * len(urls), lambda reason: None),
             lambda: self._running().run(_NoSink(), version),
-            f"the push of version {version}",
+            phase,
         )
         if self._lead is not None:
             self._lead.note_updates(answers)
@@ -158,16 +161,17 @@ class NetworkPush:
         """Do `work` while the servers at `urls` do what rank 0 asks; their answers. Afterwards there is no group unless
         all of it went well. RunError names ranks of the trainer that do not come to the end of it, and those with an
         error of their own."""
-        self._ranks.from_first(ask)
+        self._ranks.from_first(ask, what)
         problem = problem_of(work)
         if problem is not None:
             self.leave()  # before anything else: others see by it that they wait in vain
         is_failed = any(self._ranks.gather(problem is not None, what))
         if is_failed:
             self.leave()
-        self._problems = self._ranks.problems(problem) if is_failed else []
+        self._problems = self._ranks.problems(problem, what) if is_failed else []
         wait_s = self._timeout_s if is_failed else max(self._timeout_s, self._config.server.push_timeout_s)
-        answers = self._ranks.from_first(lambda: self._leading.settle(wait_s, self._first_lost(urls)))
+        lost = self._first_lost(urls)
+        answers = self._ranks.from_first(lambda: self._leading.settle(wait_s, lost), f"the servers' answers to {what}")
         if any(answers.values()):
             self.leave()
         return answers

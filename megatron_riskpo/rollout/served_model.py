@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_riskpo.config import ServerConfig
 from megatron_riskpo.errors import RunError, UsageError
-from megatron_riskpo.rollout.asked import ask, outcomes
+from megatron_riskpo.resharding.control import Control
+from megatron_riskpo.rollout.asked import RESPONSES, ask, outcomes
 from megatron_riskpo.rollout.attendance import Attendance
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.prompt_checks import check_prompts
@@ -30,13 +30,15 @@ class ServedModel:
 
     def __init__(
         self, model: Path, urls: Sequence[str], config: ServerConfig, *, max_model_len: int, vocab_size: int,
-        world_group: ProcessGroup, log: Callable[[str], None],
+        world_group: ProcessGroup, timeout_s: float, log: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """Every rank asks the servers who they are. `max_model_len`: longest prompt + response, in tokens. Raises
+        """Every rank asks the servers who they are. `max_model_len`: longest prompt + response, in tokens;
+        `timeout_s`: for a rank that is dead or hangs. Raises
         RunError where a server does not answer, UsageError where it holds something else than the weights of `model`,
         or has too few positions."""
         self._group, self._max_model_len, self._vocab_size = world_group, max_model_len, vocab_size
-        self._attendance = Attendance(world_group)
+        self._control = Control.of_all(timeout_s, subject="responses", option="run.timeout_s")
+        self._attendance = Attendance(self._control)
         with contextlib.ExitStack() as stack:
             self._loop = LoopThread()
             stack.callback(self._loop.close)
@@ -90,7 +92,7 @@ class ServedModel:
                 failure = failure or self._reason(error)
             elif on_finished is not None:
                 on_finished(mine.start * sampling.group_size + row, responses[row].tokens)
-        self._attendance.until_all_are_done()
+        self._attendance.until_all_are_done(RESPONSES)
         self._agree_on(failure)
         gathered = gather_responses(to_responses(responses), len(prompts), sampling.group_size, 1, self._group)
         return join_prompts(prompts, sampling.group_size, gathered)
@@ -102,8 +104,7 @@ class ServedModel:
 
     def _agree_on(self, failure: str) -> None:
         """Raise the first failing rank's failure on every rank; collective."""
-        failures = [""] * self._group.size()
-        dist.all_gather_object(failures, failure, group=self._group)
+        failures = self._control.gather_objects(failure, RESPONSES)
         found = next((own for own in failures if own), "")
         if found:
             raise RunError(f"{found}; the answers of earlier batches are kept, the same command goes on")

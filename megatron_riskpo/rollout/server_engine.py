@@ -22,11 +22,12 @@ from megatron_riskpo.config_checks import max_sequence_length
 from megatron_riskpo.errors import RiskpoError, RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards
 from megatron_riskpo.resharding.buckets import NamedTensor, bucketed
+from megatron_riskpo.resharding.control import Control, LostRankError
 from megatron_riskpo.resharding.vllm_sink import checked, checkpoint_shapes
-from megatron_riskpo.rollout.asked import Asked, ask, outcomes
+from megatron_riskpo.rollout.asked import RESPONSES, Asked, ask, outcomes
 from megatron_riskpo.rollout.attendance import Attendance
 from megatron_riskpo.rollout.carried import go_on_from, packed
-from megatron_riskpo.rollout.first_rank import from_first
+from megatron_riskpo.rollout.joint_work import JointWork
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.planned_push import PlannedPush, planned_push
 from megatron_riskpo.rollout.prompt_checks import check_prompts
@@ -96,7 +97,9 @@ class ServerEngine:
         Collective. Raises RunError, on every rank, where one does not start."""
         self._config, self._group, self._export, self._log = config, world_group, export, log
         self._vocab_size = vocab_size
-        self._attendance = Attendance(world_group)
+        self._control = Control.of_all(config.run.timeout_s, subject="rollouts", option="run.timeout_s")
+        self._attendance = Attendance(self._control)
+        self._push_control = Control(self._control.group, config.bridge.timeout_s)
         self._max_model_len = max_sequence_length(config)
         self._weight_version = -1
         self._shapes = checkpoint_shapes(config.model.path)
@@ -106,7 +109,7 @@ class ServerEngine:
         session = self._loop.run(open_session())
         self._stack.callback(lambda: self._loop.run(session.close()))
         says = log if world_group.rank() == 0 else _say_nothing
-        labels = WeightLabels(from_first(new_run, world_group))
+        labels = WeightLabels(self._control.gather_objects(new_run(), "the name of the run")[0])
         self._pool = ServerPool(lambda url: ServerClient(url, session, labels, vocab_size), config.server, says)
         self._loop.submit(watch(self._pool, config.server))
         self._fleet: ServerFleet | None = None
@@ -118,7 +121,8 @@ class ServerEngine:
                 self._planned = planned_push(config, shards, world_group, self._loop, log)
             if self._planned is not None:
                 self._stack.callback(self._planned.leave)
-            self._agree_on(self._start_fleet(folder, hosts) if world_group.rank() == 0 else "")
+            joint = JointWork(self._push_control, config.run.timeout_s)
+            joint.of_first(lambda: self._start_fleet(folder, hosts), "the start of the rollout servers")
             if self._planned is not None:
                 self._planned.open(hosts)
         except RiskpoError:
@@ -127,8 +131,8 @@ class ServerEngine:
         # First of all at the end: requests under way would take the end of the servers for a failure.
         self._stack.callback(self._loop.cancel_all)
 
-    def _start_fleet(self, folder: Path, hosts: list[str]) -> str:
-        """Rank 0's; what went wrong. `hosts`: of the ranks."""
+    def _start_fleet(self, folder: Path, hosts: list[str]) -> None:
+        """Rank 0's. `hosts`: of the ranks."""
         urls = [url.rstrip("/") for url in self._config.rollout.server_urls]
         try:
             self._folder = self._stack.enter_context(transfer_folder(self._config.server.transfer_dir))
@@ -136,15 +140,15 @@ class ServerEngine:
             self._fleet = ServerFleet(processes, urls, self._log)
             self._stack.callback(self._fleet.close)
             self._fleet.wait_for_all()
-            return self._refused(urls)
-        except (RunError, OSError) as error:
-            return str(error)
+        except OSError as error:
+            raise RunError(str(error)) from error
+        self._check_given(urls)
 
-    def _refused(self, urls: Sequence[str]) -> str:
-        """What to say of given servers that do not answer, or cannot take weights."""
+    def _check_given(self, urls: Sequence[str]) -> None:
+        """RunError for given servers that do not answer, or cannot take weights."""
         self._loop.run(self._pool.ready_at(urls, self._config.server.health_timeout_s))
-        obstacles = "; ".join(filter(None, self._pool.obstacles.values()))
-        return f"rollout.server_urls: {obstacles}; start servers anew with riskpo serve" if obstacles else ""
+        if obstacles := "; ".join(filter(None, self._pool.obstacles.values())):
+            raise RunError(f"rollout.server_urls: {obstacles}; start servers anew with riskpo serve")
 
     @property
     def processes(self) -> dict[str, ServerProcess]:
@@ -230,9 +234,9 @@ class ServerEngine:
     def _settle(self, pending: PendingRollouts, errors: Sequence[str]) -> int:
         """Bring the ranks to one view: who failed for one is used by none. The number of unfinished responses over all
         ranks; RunError, on every rank, for an error of any."""
-        self._attendance.until_all_are_done()
+        self._attendance.until_all_are_done(RESPONSES)
         unfinished = sum(not response.reason for response in pending.responses)
-        view = shared(View(next(iter(errors), ""), unfinished, self._pool.lost()), self._group)
+        view = shared(View(next(iter(errors), ""), unfinished, self._pool.lost()), self._control, RESPONSES)
         self._loop.run(self._pool.give_up_for_all(view.lost))
         if self._fleet is not None:
             self._fleet.restart(list(view.lost))
@@ -254,20 +258,21 @@ class ServerEngine:
     def _push(self, weights: Weights, version: int) -> PushOutcome:
         """Rank 0 makes the calls, the others take part in the export, or send as well. Raises RunError, on every rank,
         where the run cannot go on."""
-        outcome = [PushOutcome([])]
+        own, phase = PushOutcome([]), f"the push of version {version}"
+        weights = self._push_control.guarded(weights, phase)
         if self._planned is not None:
             update = self._planned.run(self._candidates, version)
             if self._fleet is not None and update is not None:
-                outcome = [self._outcome(self._fleet, update, "")]
+                own = self._outcome(self._fleet, update, "")
         elif self._fleet is None:
             for _ in weights:
                 pass
         else:
-            outcome = [self._push_files(self._fleet, weights, version)]
-        dist.broadcast_object_list(outcome, group=self._group, group_src=0)
-        if outcome[0].error:
-            raise RunError(outcome[0].error)
-        return outcome[0]
+            own = self._push_files(self._fleet, weights, version)
+        outcome = self._control.gather_objects(own, phase)[0]
+        if outcome.error:
+            raise RunError(outcome.error)
+        return outcome
 
     def _candidates(self) -> list[Server]:
         """Rank 0's: the servers that can take weights. RunError where there are none any more. Those that cannot, and
@@ -288,6 +293,8 @@ class ServerEngine:
             for bucket in bucketed(checked(weights, self._shapes), int(self._config.bridge.bucket_mib * 2**20)):
                 self._loop.run(push.send(bucket))
             self._loop.run(push.finish())
+        except LostRankError:
+            raise
         except (RunError, OSError) as failure:
             error = f"weights of version {version} could not be pushed: {failure}"
             # The other ranks are in the export, which is collective.
@@ -337,11 +344,6 @@ class ServerEngine:
 
     def _reasons(self) -> str:
         return "; ".join(self._pool.lost().values())
-
-    def _agree_on(self, error: str) -> None:
-        """Raise rank 0's error on every rank; collective."""
-        if error := from_first(lambda: error, self._group):
-            raise RunError(error)
 
 
 def _say_nothing(message: str) -> None:

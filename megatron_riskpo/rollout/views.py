@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch.distributed as dist
+from megatron_riskpo.resharding.control import Control
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,9 @@ class View:
     """Why servers may not be used any more, by address."""
 
 
-def shared(own: View, group: dist.ProcessGroup) -> View:
-    """That of all ranks. Collective."""
-    views: list[Any] = [None] * group.size()
-    dist.all_gather_object(views, own, group=group)
-    return joined(views)
+def shared(own: View, control: Control, phase: str) -> View:
+    """That of all ranks. Collective; RunError, which names `phase`, where a rank does not come."""
+    return joined(control.gather_objects(own, phase))
 
 
 def joined(views: Sequence[View]) -> View:

@@ -1,11 +1,12 @@
 """Run one function on n gloo ranks. One launch should run many cases: models, vLLM and groups take their time."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     process = _FORKS.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+@contextlib.contextmanager
+def processes(target: Callable[..., None], arguments: Sequence[tuple]) -> Iterator[list[BaseProcess]]:
+    """Forks of `target`, one for each of the arguments; killed at the end."""
+    started = [fork(target, *of) for of in arguments]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
 
 
 def _log(folder: Path, rank: int) -> Path:

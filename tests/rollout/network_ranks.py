@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_riskpo.rollout.network_push import NetworkPush
 from megatron_riskpo.rollout.server_client import ServerClient
 from megatron_riskpo.rollout.server_engine import open_session
 from megatron_riskpo.rollout.server_pool import Server
+from tests.resharding.control_ranks import init_with_store_of_rank_0
 from tests.resharding.fault_ranks import MODEL
 from tests.resharding.whole_model import actor_parameters
 from tests.rollout.shard_server import TP
@@ -33,6 +35,7 @@ from tests.rollout.shard_server import TP
 NUM_RANKS = 2
 TIMEOUT_S = 2.0
 DEAD_RANK, RESTARTED, OWN_ERROR = "dead rank", "restarted", "own error"
+STOPPED_ASKING, STOPPED_MEETING = "first rank stopped asking", "first rank stopped meeting"
 BROKEN_LINKS = {"broken link": 1, "link broken for good": 2}
 """How often rank 1 loses its link to a worker of the second server."""
 RUN = WeightPush.run
@@ -41,9 +44,10 @@ ACTOR = ActorLayout(NUM_RANKS, pp=2)
 
 def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
     """`steps`: a push each; DEAD_RANK: rank 1 is killed in it; RESTARTED: the servers are other processes than before;
-    OWN_ERROR: rank 1 fails by itself; one of BROKEN_LINKS."""
+    OWN_ERROR: rank 1 fails by itself; one of BROKEN_LINKS; rank 0 stopped while it speaks with servers or makes a group
+    with them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=NUM_RANKS)
+    init_with_store_of_rank_0(folder, rank, NUM_RANKS)
     config = TrainConfig(
         bridge=BridgeConfig(bucket_mib=2**-3, timeout_s=TIMEOUT_S, verify="checksum"),
         rollout=RolloutConfig(placement="server", server_urls=tuple(urls), tp=TP),
@@ -53,7 +57,7 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
     session = loop.run(open_session())
     layout = BridgeLayout.served(MODEL, ACTOR, TP, len(urls), 8, config.bridge.bucket_mib, NUM_RANKS)
     shards = ActorShards(
-        MODEL, ACTOR, {name: tensor.clone() for name, tensor in actor_parameters(layout, rank).items()}
+        MODEL, ACTOR, {name: tensor.clone() for name, tensor in actor_parameters(layout, rank).items()}, NUM_RANKS
     )
     push = NetworkPush(config, shards, dist.group.WORLD, loop)  # type: ignore[arg-type]
     check_open_fails_together(push, rank)
@@ -69,7 +73,10 @@ def main(urls: list[str], steps: list[str], folder: Path, rank: int) -> None:
                 break_push(1, None)
             else:
                 break_push(BROKEN_LINKS.get(step, 0), PeerError(NUM_RANKS + TP, "sending to", "reset"))
-        outcomes.append(outcome(push, list(servers.values()), version, is_victim=step == DEAD_RANK and rank == 1))
+        if rank == 0 and step == STOPPED_MEETING:
+            network_push.join = stop_here  # type: ignore[assignment]
+        look = stop_here if rank == 0 and step == STOPPED_ASKING else list(servers.values()).copy
+        outcomes.append(outcome(push, look, version, is_victim=step == DEAD_RANK and rank == 1))
         failed = outcomes[-1].get("failed", {})
         for server in servers.values():
             server.admit(version)
@@ -106,13 +113,19 @@ def break_push(times: int, cause: PeerError | None) -> None:
     network_push.WeightPush.run = run  # type: ignore[method-assign]
 
 
-def outcome(push: NetworkPush, servers: list[Server], version: int, *, is_victim: bool) -> dict[str, Any]:
+def stop_here(*arguments: object) -> Any:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def outcome(
+    push: NetworkPush, look: Callable[[], list[Server]], version: int, *, is_victim: bool
+) -> dict[str, Any]:  # fmt: skip
     start = time.monotonic()
     found: dict[str, Any] = {}
     if is_victim:
         network_push.WeightPush.run = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
     try:
-        update = push.run(lambda: servers, version)
+        update = push.run(look, version)
         if update is not None:
             found = {"alive": [server.client.url for server in update.alive], "failed": update.failed}
             found |= {"reports": push.reports, "metrics": push.metrics}

@@ -1,5 +1,6 @@
-"""Two ranks that ask servers: they wait for each other longer than a collective may take, and a server that only one of
-them sees fail is used by none, and the run says why. HTTP and collectives are real, vLLM's part is played."""
+"""Two ranks wait for each other's work longer than a meeting may take, and what one finds, or why it fails, is known to
+all; a server that only one of them sees fail is used by none, and the run says why. HTTP and messages are real, vLLM's
+part is played. A rank that is stopped: test_network_push.py, tests/resharding/test_control.py."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 from megatron_riskpo.rollout.vllm_arguments import request_seeds
 from tests.distributed.ranks import run_on_ranks
 from tests.rollout import attendance_cases
-from tests.rollout.attendance_cases import SLOW_S, TIMEOUT_S
+from tests.rollout.attendance_cases import PHASE, SLOW_S, TIMEOUT_S
 from tests.rollout.fake_server import FakeServer, fake_server, token_at
 from tests.rollout.served_rank_cases import SAMPLING, SEEDS
 from tests.tiny_models import make_tiny_qwen2
@@ -33,10 +34,36 @@ def ranks(servers: tuple[FakeServer, FakeServer], tmp_path_factory: pytest.TempP
     return run_on_ranks(f"{attendance_cases.__name__}:{attendance_cases.outcomes.__name__}", 2, folder / "ranks")
 
 
-def test_a_rank_may_wait_for_servers_longer_than_collectives_do(ranks: list[Any]) -> None:
-    ((first, together), _), ((second, _), _) = ranks
+@pytest.fixture(scope="module")
+def found(ranks: list[Any]) -> list[dict[str, Any]]:
+    """Of the ranks' work, apart from servers."""
+    return [of for of, _ in ranks]
+
+
+def test_a_rank_may_wait_for_servers_longer_than_meetings_do(found):
+    (first, together), (second, _) = (of["seconds"] for of in found)
     assert second >= SLOW_S
     assert together - first > TIMEOUT_S
+
+
+def test_what_the_first_rank_finds_all_know_however_long_it_takes(found):
+    for of in found:
+        assert of["first"] == 7
+        assert of["first fails"] == "rank 0 failed"
+        assert of["afterwards"] == 0
+
+
+def test_what_each_rank_finds_all_know(found):
+    for of in found:
+        assert of["all"] == [0, 1]
+        assert of["second fails"] == "rank 1 failed"
+
+
+def test_a_rank_that_comes_to_meetings_and_is_never_done_is_bounded(found):
+    first, second = (of["hangs"] for of in found)
+    assert second == f"{PHASE}: ranks [0] are not done after 0.4 s (run.timeout_s)"
+    # The second one is not there any more, of which the first hears when it is done.
+    assert "for rank 1 (" in first
 
 
 def test_a_server_that_one_rank_alone_sees_fail_is_named_and_used_by_none(

@@ -49,7 +49,7 @@ def config_of(transport: str = "shared_memory", verify: str = "checksum") -> Tra
 
 def shards_of() -> ActorShards:
     layout = BridgeLayout.served(MODEL, ACTOR, TP, 2, 8, 1, 1)
-    return ActorShards(MODEL, ACTOR, {name: tensor.clone() for name, tensor in actor_parameters(layout, 0).items()})
+    return ActorShards(MODEL, ACTOR, {name: tensor.clone() for name, tensor in actor_parameters(layout, 0).items()}, 1)
 
 
 @pytest.fixture

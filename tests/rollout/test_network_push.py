@@ -4,11 +4,9 @@ server, a bucket or a rank is lost. The workers compare what they get with whole
 Processes, HTTP and gloo are real; vLLM's part is played (shard_server.py). With vLLM: test_server_engine.py.
 """
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.process import BaseProcess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,20 @@ from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.transports.meeting import LOST_PEER
 from megatron_riskpo.rollout.joint_calls import at_fault
 from megatron_riskpo.rollout.push_address import address_of_rank, store_address
-from tests.distributed.ranks import fork
+from tests.distributed.ranks import processes
 from tests.resharding.fault_ranks import MODEL
 from tests.rollout import network_ranks, shard_server
-from tests.rollout.network_ranks import BROKEN_LINKS, DEAD_RANK, NUM_RANKS, OWN_ERROR, RESTARTED, TIMEOUT_S
+from tests.rollout.network_ranks import (
+    BROKEN_LINKS,
+    DEAD_RANK,
+    NUM_RANKS,
+    OWN_ERROR,
+    RESTARTED,
+    STOPPED_ASKING,
+    STOPPED_MEETING,
+    TIMEOUT_S,
+)
 from tests.rollout.shard_server import LAYOUT, RESTART
-
-
-@contextlib.contextmanager
-def processes(target: Callable[..., None], arguments: Sequence[tuple]) -> Iterator[list[BaseProcess]]:
-    started = [fork(target, *of) for of in arguments]
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.join()
 
 
 def url_of(folder: Path) -> str:
@@ -44,17 +40,19 @@ def url_of(folder: Path) -> str:
     return (folder / "url").read_text()
 
 
-def pushes(tmp_path: Path, steps: list[str], faults: list[dict[int, str]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The servers' addresses, and how each push went on rank 0. `faults`: of each server, by version."""
+def pushes(
+    tmp_path: Path, steps: list[str], faults: list[dict[int, str]], rank: int = 0
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The servers' addresses, and how each push went on a rank. `faults`: of each server, by version."""
     folders = [tmp_path / str(index) for index in range(len(faults))]
     for folder in folders:
         folder.mkdir()
     with processes(shard_server.main, list(zip(folders, faults, strict=True))):
         urls = [url_of(folder) for folder in folders]
-        with processes(network_ranks.main, [(urls, steps, tmp_path, rank) for rank in range(NUM_RANKS)]) as ranks:
-            ranks[0].join(timeout=120)
-            assert ranks[0].exitcode == 0
-    return urls, json.loads((tmp_path / "outcome_0.json").read_text())
+        with processes(network_ranks.main, [(urls, steps, tmp_path, of) for of in range(NUM_RANKS)]) as ranks:
+            ranks[rank].join(timeout=120)
+            assert ranks[rank].exitcode == 0
+    return urls, json.loads((tmp_path / f"outcome_{rank}.json").read_text())
 
 
 def shard_bytes() -> int:
@@ -89,8 +87,7 @@ def test_what_fails_is_given_up_and_the_others_get_the_weights(tmp_path):
     assert "is corrupted: of " in reasons["corruption"][second]
     assert "cannot be reached" in reasons["SIGKILL"][second]
     assert f"did not answer within {TIMEOUT_S:g} s" in reasons["SIGSTOP"][third]
-    assert "(the push of version 5)" in found[DEAD_RANK]["error"]
-    assert found[DEAD_RANK]["error"].endswith("who has not come is [1]")
+    assert "s for rank 1 (the push of version 5)" in found[DEAD_RANK]["error"]
     assert found[DEAD_RANK]["seconds"] < 4 * TIMEOUT_S
 
 
@@ -109,6 +106,25 @@ def test_a_server_is_given_up_for_a_link_only_where_it_breaks_again(tmp_path):
         assert [report["bytes_received"] for report in outcome["reports"]] == [shard_bytes()] * 2 * len(
             outcome["alive"]
         )
+
+
+def test_a_first_rank_that_is_stopped_is_named(tmp_path):
+    """While it speaks with servers, and in the middle of making a group; the store is in its process."""
+    phases = {
+        STOPPED_ASKING: "the search for servers for the push of version 1",
+        STOPPED_MEETING: "the group with the rollout servers",
+    }
+    folders = {step: tmp_path / str(index) for index, step in enumerate(phases)}
+    for folder in folders.values():
+        folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        steps = {STOPPED_ASKING: ["none", STOPPED_ASKING], STOPPED_MEETING: [STOPPED_MEETING]}
+        found = {step: pool.submit(pushes, folders[step], steps[step], [{}], rank=1) for step in phases}
+    for step, phase in phases.items():
+        _, outcomes = found[step].result()
+        print(step, outcomes[-1])
+        assert f" s for rank 0 ({phase}" in outcomes[-1]["error"]
+        assert outcomes[-1]["seconds"] < 8 * TIMEOUT_S
 
 
 def test_who_is_given_up():

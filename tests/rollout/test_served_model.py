@@ -36,7 +36,8 @@ def served(
     said = [] if lines is None else lines
     engine = ServedModel(
         Path(model), [server.url for server in servers], ServerConfig(**({"health_timeout_s": 1.0} | options)),
-        max_model_len=32, vocab_size=VOCAB_SIZE, world_group=dist.group.WORLD, log=said.append,  # type: ignore[arg-type]
+        max_model_len=32, vocab_size=VOCAB_SIZE, world_group=dist.group.WORLD, timeout_s=60,  # type: ignore[arg-type]
+        log=said.append,  # type: ignore[arg-type]
     )  # fmt: skip
     try:
         yield engine

@@ -94,9 +94,17 @@ def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: int(checksum(tensor)) for name, tensor in parameters.items()}
 
 
-def in_another_process(task: dict[str, Any]) -> dict[str, Any]:
+def in_another_process(task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Ended, by an error that says so, after `timeout_s`."""
     command = [sys.executable, str(Path(__file__).resolve()), "--receive"]
-    done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True)
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        sys.exit(f"the process that receives was not done after {timeout_s:g} s (--timeout-s)")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"the process that receives failed (exit code {error.returncode})")
     return json.loads(done.stdout)
 
 
@@ -121,6 +129,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows on a CPU that the script runs")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--bucket-mib", type=float, default=512)
+    parser.add_argument("--timeout-s", type=float, default=300, help="for the receiving process, in seconds")
     parser.add_argument("--json", type=Path, help="write the JSON here as well")
     parser.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -136,7 +145,7 @@ def main() -> None:
         "hf_config": hf_config, "bucket_mib": arguments.bucket_mib, "repeats": arguments.repeats,
         "record": shared.record, "checksums": checksums(parameters),
     }  # fmt: skip
-    received = in_another_process(task)
+    received = in_another_process(task, arguments.timeout_s)
     copy = copied(list(parameters.values()), device, arguments.repeats)
     filled = time_calls(fill_buckets(layout, parameters), device, arguments.repeats)
     text = json.dumps(

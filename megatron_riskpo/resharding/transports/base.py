@@ -2,7 +2,8 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,19 +58,27 @@ def launch(
         return []
     # Not dist.isend and dist.irecv: those know only groups made out of the process's default group.
     device = parcels[0][0].buffer.device
-    is_batch = group._get_backend(device).supports_coalescing  # NCCL: one launch, and one handle
-    if is_batch:
+    if not group._get_backend(device).supports_coalescing:
+        return [(parcel, action, _begin(parcel, action, group)) for parcel, action in parcels]
+    with blaming(*parcels[0]):  # NCCL: one launch, and one handle
         group._start_coalescing(device)
-    works: list[Any] = [_begin(parcel, action, group) for parcel, action in parcels]
-    if is_batch:
-        works = [group._end_coalescing(device)] * len(parcels)
-    return [(parcel, action, work) for (parcel, action), work in zip(parcels, works, strict=True)]
+        for parcel, action in parcels:
+            _begin(parcel, action, group)
+        work = group._end_coalescing(device)
+    return [(parcel, action, work) for parcel, action in parcels]
 
 
 def _begin(parcel: Parcel, action: str, group: dist.ProcessGroup) -> Any:
     call = group.send if action == "sending to" else group.recv
-    try:
+    with blaming(parcel, action):
         return call([parcel.buffer], parcel.peer, 0)
+
+
+@contextmanager
+def blaming(parcel: Parcel, action: str) -> Iterator[None]:
+    """PeerError for what torch raises in the body, which is done to this message, or to a batch that begins with it."""
+    try:
+        yield
     except RuntimeError as error:
         raise PeerError(parcel.peer, action, reason_of(error)) from error
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_riskpo.resharding.transports.base import Parcel, PeerError, launch, reason_of, remaining
+from megatron_riskpo.resharding.transports.base import Parcel, blaming, launch, remaining
 
 
 class GlooTransport:
@@ -39,7 +39,5 @@ class GlooRound:
 
 def wait_for(parcel: Parcel, action: str, work: dist.Work, deadline: float) -> None:
     """Until one message has come or gone; PeerError as PendingRound."""
-    try:
+    with blaming(parcel, action):
         work.wait(timedelta(seconds=remaining(deadline)))
-    except RuntimeError as error:
-        raise PeerError(parcel.peer, action, reason_of(error)) from error

@@ -5,24 +5,32 @@ not come can be named, and a meeting can be called off; a group that is being ma
 neighbour a number, by which all links, and NCCL's communicator, are made now and not in the middle of a push.
 """
 
+import contextlib
+import os
 import socket
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_riskpo.distributed.patient_thread import in_time
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.transports.base import Parcel, PeerError, reason_of
 from megatron_riskpo.resharding.transports.gloo import GlooTransport
 from megatron_riskpo.resharding.transports.nccl import NcclTransport
 
 GroupTransport = GlooTransport | NcclTransport
+Result = TypeVar("Result")
 
 _POLL_S = 0.02
+_MORE_S = 1.0
+"""What takes its whole time is to say so itself; only a store that hangs takes so much longer."""
 _WATCHDOG_FACTOR = 20
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _ARRIVED, _CALLED_OFF = "arrived", "called_off"
 LOST_PEER = "(peer lost)"
 """In what a server answers whose workers are well, but another member of the group is not."""
@@ -71,9 +79,11 @@ def open_store(address: str) -> dist.TCPStore:
 
 def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     """The store of another process. Raises RunError where it is not reached in time."""
+    timeout = timedelta(seconds=timeout_s)
     try:
-        timeout = timedelta(seconds=timeout_s)
-        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return _in_time(
+            lambda: dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout), timeout_s
+        )
     except RuntimeError as error:
         raise RunError(f"the trainer's store at {address}:{port} is not reached: {reason_of(error)}") from error
 
@@ -84,9 +94,9 @@ def join(store: dist.Store, meeting: Meeting, rank: int, device: torch.device) -
     keys = dist.PrefixStore(meeting.prefix, store)
     transport: GroupTransport | None = None
     try:
-        _arrive(keys, meeting, rank)
+        _in_time(lambda: _arrive(keys, meeting, rank), meeting.timeout_s)
         make = _nccl if device.type == "cuda" else _gloo
-        transport = make(keys, meeting, rank)
+        transport = _in_time(lambda: make(keys, meeting, rank, device), meeting.timeout_s)
         _greet(transport, meeting, rank, device)
     except (PeerError, RuntimeError) as error:
         if transport is not None:
@@ -106,6 +116,15 @@ def call_off(store: dist.Store, meeting: Meeting, reason: str) -> None:
     dist.PrefixStore(meeting.prefix, store).set(_CALLED_OFF, reason)
 
 
+def _in_time(work: Callable[[], Result], timeout_s: float) -> Result:
+    """Its result, or error. RuntimeError where it does not return: a call to a store whose process has stopped never
+    does, whatever time-out it has (torch 2.13)."""
+    try:
+        return in_time(work, timeout_s + _MORE_S)
+    except TimeoutError as error:
+        raise RuntimeError("rank 0, which has the store, does not answer") from error
+
+
 def _arrive(keys: dist.Store, meeting: Meeting, rank: int) -> None:
     keys.set(str(rank), "")
     keys.add(_ARRIVED, 1)
@@ -120,23 +139,40 @@ def _arrive(keys: dist.Store, meeting: Meeting, rank: int) -> None:
         time.sleep(_POLL_S)
 
 
-def _gloo(keys: dist.Store, meeting: Meeting, rank: int) -> GlooTransport:
+def _gloo(keys: dist.Store, meeting: Meeting, rank: int, device: torch.device) -> GlooTransport:
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # Not by the host's name, which many machines do not know, nor by what was set for the ranks among themselves.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(meeting.address))]
     options._timeout = timedelta(seconds=meeting.timeout_s)
     backend = dist.ProcessGroupGloo(keys, rank, meeting.num_ranks, options)
     kind = dist.ProcessGroup.BackendType.GLOO
-    return GlooTransport(_group(keys, meeting, rank, backend, kind, torch.device("cpu")))
+    return GlooTransport(_group(keys, meeting, rank, backend, kind, device))
 
 
-def _nccl(keys: dist.Store, meeting: Meeting, rank: int) -> NcclTransport:
+def _nccl(keys: dist.Store, meeting: Meeting, rank: int, device: torch.device) -> NcclTransport:
+    torch.cuda.set_device(device)  # each thread has its own
     options: Any = dist.ProcessGroupNCCL.Options()
-    # By then torch's watchdog would end the process. At our own deadline the group is aborted, long before (`leave`).
+    # At our own deadline the group is aborted, long before torch's watchdog would (`leave`).
     options._timeout = timedelta(seconds=_WATCHDOG_FACTOR * meeting.timeout_s)
-    backend = dist.ProcessGroupNCCL(keys, rank, meeting.num_ranks, options)
+    with watchdog_spares_the_process():
+        backend = dist.ProcessGroupNCCL(keys, rank, meeting.num_ranks, options)
     kind = dist.ProcessGroup.BackendType.NCCL
     return NcclTransport(_group(keys, meeting, rank, backend, kind, torch.device("cuda")))
+
+
+@contextlib.contextmanager
+def watchdog_spares_the_process() -> Iterator[None]:
+    """For NCCL groups made in the body: torch reads it then. By default (3) its watchdog ends a process whose link
+    breaks, but a lost server is no reason for a trainer to end. 2: it aborts the group, and no more."""
+    before = os.environ.get(_ERROR_HANDLING)
+    os.environ[_ERROR_HANDLING] = "2"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ERROR_HANDLING]
+        else:
+            os.environ[_ERROR_HANDLING] = before
 
 
 def _group(
