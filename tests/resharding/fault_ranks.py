@@ -7,11 +7,11 @@ agreement are the real ones.
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -32,6 +32,8 @@ from tests.resharding.whole_model import actor_parameters, rollout_parameters
 NUM_RANKS = 3
 TIMEOUT_S = 3.0
 VICTIM = 1
+OF_FIRST = " of rank 0"
+"""At the end of a fault: that one is the victim."""
 FAULT_AT = 4
 """The round, in order of work, in which it happens."""
 FAULT_AT_SLICE = 5
@@ -117,7 +119,8 @@ def make_push(
     peers = share_among(parameters, group)
     assert peers is not None
     run = WeightPull(plan, peers.of_rank, with_checksums=with_checksums)
-    return run, FaultySink(layout, 0, like, fault if rank == VICTIM else "none", folder)
+    victim = 0 if fault.endswith(OF_FIRST) else VICTIM
+    return run, FaultySink(layout, 0, like, fault.removesuffix(OF_FIRST) if rank == victim else "none", folder)
 
 
 def push(group: dist.ProcessGroup, case: str, folder: Path) -> str:
@@ -139,6 +142,7 @@ def push(group: dist.ProcessGroup, case: str, folder: Path) -> str:
 
 
 def main(faults: list[str], folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=NUM_RANKS)
     outcomes = {}
     for fault in faults:
@@ -148,7 +152,3 @@ def main(faults: list[str], folder: Path, rank: int) -> None:
         outcomes[fault] = {"message": message, "seconds": time.time() - start, "end": time.time()}
     (folder / f"outcome_{rank}.json").write_text(json.dumps(outcomes))
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1].split(","), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,38 +1,23 @@
 """A push that goes wrong ends on every rank, in bounded time, and says which rank and bucket it was."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import ROOT
-from tests.resharding.fault_ranks import NUM_RANKS, TIMEOUT_S, VICTIM
-
-SURVIVORS = [rank for rank in range(NUM_RANKS) if rank != VICTIM]
+from tests.distributed.ranks import processes
+from tests.resharding import fault_ranks
+from tests.resharding.fault_ranks import NUM_RANKS, OF_FIRST, TIMEOUT_S, VICTIM
 
 
 def outcomes(faults: list[str], folder: Path, ranks: list[int]) -> list[dict[str, Any]]:
     """What the given ranks of one launch say; the others may be dead or stopped."""
     folder.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.resharding.fault_ranks", ",".join(faults), str(folder), str(rank)],
-            env=environment,
-        )
-        for rank in range(NUM_RANKS)
-    ]
-    try:
+    with processes(fault_ranks.main, [(faults, folder, rank) for rank in range(NUM_RANKS)]) as started:
         for rank in ranks:
-            assert processes[rank].wait(timeout=120) == 0
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+            started[rank].join(timeout=120)
+            assert started[rank].exitcode == 0
     return [json.loads((folder / f"outcome_{rank}.json").read_text()) for rank in ranks]
 
 
@@ -53,9 +38,10 @@ def test_corruption_and_a_wrong_version_are_refused(tmp_path):
         assert "1 have another checksum than there, the first is of 'model." in message
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP", "late over gloo", "SIGSTOP over gloo"])
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP", f"SIGSTOP{OF_FIRST}", "late over gloo", "SIGSTOP over gloo"])
 def test_a_dead_or_stopped_rank_ends_the_others(tmp_path, fault):
-    found = outcomes([fault], tmp_path / "ranks", SURVIVORS)
+    victim = 0 if fault.endswith(OF_FIRST) else VICTIM
+    found = outcomes([fault], tmp_path / "ranks", [rank for rank in range(NUM_RANKS) if rank != victim])
     happened = float((tmp_path / "ranks/fault_time").read_text())
     for outcome in found:
         assert outcome[fault]["message"].startswith("weight push")
@@ -63,8 +49,8 @@ def test_a_dead_or_stopped_rank_ends_the_others(tmp_path, fault):
     messages = [outcome[fault]["message"] for outcome in found]
     print(f"{fault}: ended {[round(outcome[fault]['end'] - happened, 1) for outcome in found]} s later: {messages}")
     if "over" in fault:
-        named = [message for message in messages if f"rank {VICTIM} is dead, stopped" in message]
+        named = [message for message in messages if f"rank {victim} is dead, stopped" in message]
         assert named
         assert all("bucket of round" in message for message in named)
     else:
-        assert all(f"s for rank {VICTIM} (" in message for message in messages)
+        assert all(f"s for rank {victim} (" in message for message in messages)
