@@ -49,8 +49,16 @@ class Bridge:
         metrics = self._push(version)
         check_version(self.engine.weight_version, version)
         if self._joint is not None:
-            metrics |= self._verify(self._joint, cast(ScoringEngine, self.engine), version)
+            metrics |= self._probed(self._joint, version)
         return metrics
+
+    def _probed(self, joint: JointWork, version: int) -> dict[str, float]:
+        try:
+            return self._verify(joint, cast(ScoringEngine, self.engine), version)
+        except RunError:
+            if self._in_process is not None:
+                self._in_process.give_up(version)
+            raise
 
     def _push(self, version: int) -> dict[str, float]:
         if self._in_process is None:

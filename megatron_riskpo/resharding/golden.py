@@ -21,6 +21,8 @@ class GoldenCopy:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
         self.differences: list[str] = []
+        self.num_compared = 0
+        """Numbers."""
 
     def keep(self, name: str, parameter: Tensor) -> None:
         """A complete parameter, in the checkpoint's layout."""
@@ -28,10 +30,9 @@ class GoldenCopy:
 
     def compare(
         self, weights: Iterable[tuple[str, Tensor]], placements: Mapping[str, Sequence[Placement]], model: nn.Module
-    ) -> int:
-        """Exhausts `weights`; notes the differing tensors; how many numbers were compared."""
+    ) -> None:
+        """Exhausts `weights`; notes the differing tensors, and how many numbers were compared."""
         live = {name: parameter.data for name, parameter in model.named_parameters()}
-        checked = 0
         for name, whole in weights:
             for place in placements[name]:
                 expected = whole[_index(place.source)]
@@ -45,8 +46,7 @@ class GoldenCopy:
                 for parameter in parameters:
                     if not _same_bits(parameter[_index(place.target)].reshape(expected.shape), expected):
                         self.differences.append(name)
-                checked += expected.numel()
-        return checked
+                self.num_compared += expected.numel()
 
     def refuse(self, version: int, differences: Sequence[int]) -> None:
         """RunError where any rank has found some; `differences` is how many each rank has."""

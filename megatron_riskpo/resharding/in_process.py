@@ -1,6 +1,7 @@
 """From the actor into vLLM engines in the same processes, by plan: each rank gets its own shard and no more."""
 
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -57,32 +58,40 @@ class InProcessPush:
         """Whether ranks read each other's parameters where they lie."""
         return self._peers is not None
 
-    def run(self, version: int) -> None:
-        """Bring the engine to the actor's weights. RunError leaves it unusable."""
+    def run(self, version: int, check: Callable[[], None] = lambda: None) -> None:
+        """Bring the engine to the actor's weights, and `check` what has arrived. RunError leaves it unusable."""
         if self._peers is None:
             self._control.agree(version, VERSION_PHASE)
         else:
             self._peers.own.agree(self._control, version)
-        self._engine.update_shards(
-            self.sink, lambda: self._move(version), version,
-            lambda found: self._control.agree(found, "the version that the engines hold"),
-        )  # fmt: skip
+
+        def confirm(found: int) -> None:
+            self._control.agree(found, "the version that the engines hold")
+            check()
+
+        self._engine.update_shards(self.sink, lambda: self._move(version), version, confirm)
 
     def run_golden(self, version: int) -> int:
         """`run`, then every number compared with tensors gathered whole by another way; how many numbers. RunError, on
         every rank, where one differs."""
         golden = GoldenCopy()
+
+        def check() -> None:
+            phase = f"the comparison of version {version}"
+            weights = self._control.guarded(self._actor.export_weights(), phase)
+            golden.compare(weights, self._traced, self.sink.model)
+            golden.refuse(version, self._control.gather(len(golden.differences), phase))
+
         self.sink.keep = golden.keep
         try:
-            self.run(version)
+            self.run(version, check)
         finally:
             self.sink.keep = None
-        phase = f"the comparison of version {version}"
-        weights = self._control.guarded(self._actor.export_weights(), phase)
-        checked = golden.compare(weights, self._traced, self.sink.model)
-        worst = self._control.gather(len(golden.differences), phase)
-        golden.refuse(version, worst)
-        return checked
+        return golden.num_compared
+
+    def give_up(self, version: int) -> None:
+        """What this push brought has turned out to be wrong."""
+        self._engine.refuse_weights(version)
 
     def _move(self, version: int) -> None:
         if not self._traced:

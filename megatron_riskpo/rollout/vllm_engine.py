@@ -177,8 +177,8 @@ class VllmEngine:
     ) -> None:
         """New weights, which `move` copies into the sink; `version` is what `weight_version` says afterwards, cached
         prefixes are dropped. `agree` takes the version that this rank's vLLM holds then, and raises RunError unless
-        all ranks hold the same. A push that fails in any way leaves the engine unusable: RunError, now and at every
-        later call. Collective."""
+        all ranks hold the same, and the right weights. A push that fails in any way leaves the engine unusable:
+        RunError, now and at every later call. Collective."""
         with self._updating(version, agree):
             sink.begin()
             move()
@@ -212,6 +212,11 @@ class VllmEngine:
         agree(own)
         if own != version:
             raise RunError(f"weights of version {version} were pushed, but the ranks' vLLM workers hold {own}")
+
+    def refuse_weights(self, version: int) -> None:
+        """Those of the last push have turned out to be wrong: RunError at every later call."""
+        self._is_lost = True
+        self._unusable = f"holds wrong weights (push of version {version}); restart from the last checkpoint"
 
     def release(self) -> None:
         """With rollout.sleep, give the memory of weights and KV cache back, until the next `update_shards`."""

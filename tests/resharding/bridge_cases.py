@@ -1,6 +1,7 @@
 """What one rank does in test_bridge: an engine that scores with the actor's weights, or spoils its answer."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ class HfEngine:
         return [hf_token_logprobs(self.model, sequence) + self.spoil for sequence in sequences]
 
 
+def _shard_push(engine: HfEngine) -> Any:
+    """InProcessPush that brings nothing."""
+    return SimpleNamespace(
+        run=lambda version: engine.update_weights((), version), report=None, in_shared_memory=True,
+        sink=SimpleNamespace(pack_seconds=0.0),
+    )  # fmt: skip
+
+
 def outcomes(folder: Path) -> dict[str, Any]:
     """What sync says in each case, on this rank."""
     grid = build_grid(ActorConfig(), seed=0)
@@ -54,6 +63,10 @@ def outcomes(folder: Path) -> dict[str, Any]:
     for case, spoil in (("another weight on rank 1", 0.01), ("nan on rank 1", float("nan"))):
         engine.spoil = spoil if grid.rank == 1 else 0.0
         results[case] = refusal(1)
-    engine.spoil, engine.lag = 0.0, 1
+    bridge._in_process, given_up = _shard_push(engine), []  # the same for vLLM in the training processes
+    bridge._in_process.give_up = given_up.append
+    engine.spoil = 0.01
+    results["given up"] = (refusal(4), given_up)
+    bridge._in_process, engine.spoil, engine.lag = None, 0.0, 1
     results["another version"] = refusal(3)
     return results

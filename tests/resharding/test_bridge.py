@@ -19,6 +19,9 @@ def test_verify_accepts_equal_weights_and_refuses_everything_else(tmp_path):
         assert rank["seconds"] > 0
         assert "differ by" in rank["another weight on rank 1"]
         assert "differ by inf" in rank["nan on rank 1"]
+        said, versions = rank["given up"]
+        assert "differ by" in said
+        assert versions == [4]
         assert "needs weights of version 3, the engine reports 2" in rank["another version"]
 
 
