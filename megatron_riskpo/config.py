@@ -251,8 +251,9 @@ class BridgeConfig:
 
     bucket_mib: float = 512.0
     """Weights travel in buckets of at most this size a rank, sent and received together, in MiB; two are under way at a
-    time, and a larger tensor is cut. Not so with server.transport = "file": every rank gathers tensors whole, a file
-    has as many as fit, and a larger tensor goes alone."""
+    time, and a larger tensor is cut. Beside them a push takes the memory of one module of vLLM's, the largest. Not so
+    with server.transport = "file": every rank gathers tensors whole, a file has as many as fit, and a larger tensor
+    goes alone."""
     timeout_s: float = 120.0
     """Longest wait of a rank for a bucket or for the other ranks in a sync, in seconds. What takes longer ends the run;
     over the network to servers, where it is a server that does not come, it costs that server."""

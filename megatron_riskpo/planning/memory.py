@@ -132,10 +132,10 @@ def _sync(config: TrainConfig, hf_config: Mapping[str, Any]) -> dict[str, int]:
         # Through files a tensor's pieces and the whole that is made of them; and a bucket of whole ones.
         whole = bucket + 2 * size * largest_tensor(hf_config)
         return {"buckets": {"file": whole, "network": 2 * bucket, "shared_memory": 0}[transport_on_gpus(config)]}
-    # Modules that are not complete yet have storage of their own: those of a bucket, and what one of them lacks.
+    # A module that is not complete yet has storage of its own.
     rollout = config.rollout
     module = size * largest_module(hf_config, rollout.tp, expert_parallel=rollout.expert_parallel)
-    return {"buckets": 2 * bucket, "modules": bucket + module}
+    return {"buckets": 2 * bucket, "module": module}
 
 
 def _greater(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:

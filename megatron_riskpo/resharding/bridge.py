@@ -118,14 +118,15 @@ def check_version(found: int, expected: int) -> None:
 
 
 def push_metrics(report: PushReport | None) -> dict[str, float]:
-    """Of a push on this rank: its seconds, vLLM's packing included, what came from other ranks, and the
-    buckets' memory."""
+    """Of a push on this rank: its seconds, vLLM's packing included, what came from other ranks, and the memory of the
+    buckets and of vLLM's modules that were not packed yet."""
     if report is None:
         return {}
     return {
         "perf/push_s": report.seconds,
         "bridge/received_mib": report.bytes_received / 2**20,
         "bridge/peak_extra_mib": report.peak_extra_bytes / 2**20,
+        "bridge/peak_open_mib": report.peak_open_bytes / 2**20,
     }
 
 

@@ -76,6 +76,21 @@ class RolloutLayout:
     def num_ranks(self) -> int:
         return self.tp * self.replicas
 
+    def groups_per_engine(self, actor: ActorLayout) -> int:
+        """Parts of an engine's ranks that are at different pipeline stages at a time: several where there are more
+        stages than engines, and fewer ranks with parts of a tensor than there are to take it."""
+        return max(1, min(actor.pp // self.replicas, -(-self.tp // actor.tp)))
+
+    def group(self, actor: ActorLayout, replica: int | np.ndarray, tp_rank: int | np.ndarray) -> np.ndarray:
+        """Number of a rank's part, counted over all engines. Neighbours are in different ones: what they take of a
+        tensor is often one rank's."""
+        per_engine = self.groups_per_engine(actor)
+        return np.asarray(replica * per_engine + tp_rank % per_engine)
+
+    def first_stage(self, actor: ActorLayout, group: np.ndarray) -> np.ndarray:
+        """Where a part of the ranks begins: an engine in the actor's processes with the stage that these have."""
+        return group * actor.pp // (self.replicas * self.groups_per_engine(actor))
+
     def rank(self, replica: int, tp_rank: int) -> int:
         """Global number of a rollout rank."""
         return self.first_rank + replica * self.tp + tp_rank

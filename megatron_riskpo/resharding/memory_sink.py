@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron_riskpo.resharding.open_modules import OpenModules
+from megatron_riskpo.resharding.pieces import module_of
 from megatron_riskpo.resharding.placements import planned_placements
 from megatron_riskpo.resharding.schedule import BridgeLayout
 
@@ -20,11 +22,26 @@ class MemorySink:
                 sizes[place.parameter] = torch.Size(max(pair) for pair in zip(before, ends, strict=True))
         self.parameters = {name: like.new_zeros(size) for name, size in sizes.items()}
         self.missing = {name: tensor.numel() for name, tensor in self.parameters.items()}
+        self.open_modules = OpenModules()
+        self._sizes: dict[str, int] = {}
+        for name, tensor in self.parameters.items():
+            self._sizes[module_of(name)] = self._sizes.get(module_of(name), 0) + tensor.numel()
+        self._under_way: dict[str, int] = {}
+        """The module that is, and how many of its numbers have not come."""
 
     def parameter(self, name: str) -> Tensor:
         """See ShardSink."""
+        module = module_of(name)
+        if module not in self._under_way:
+            self.open_modules.begin(module, self._sizes[module] * self.parameters[name].itemsize)
+            self._under_way[module] = self._sizes[module]
         return self.parameters[name]
 
     def arrived(self, name: str, numel: int) -> None:
         """See ShardSink."""
+        module = module_of(name)
         self.missing[name] -= numel
+        self._under_way[module] -= numel
+        if not self._under_way[module]:
+            del self._under_way[module]
+            self.open_modules.end(module)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from megatron_riskpo.checkpoint.weight_map import family_of, shape_of
 from megatron_riskpo.checkpoint.weight_map.base import QKV, STACKED, ModelShape, Rule, padded_vocab_size
 from megatron_riskpo.checkpoint.weight_map.shapes import hf_shapes
@@ -151,6 +153,17 @@ def target_name(piece: Piece, layer: int) -> str:
     if piece.rule.fusion is STACKED:
         return name.replace(".gate_proj.", ".gate_up_proj.").replace(".up_proj.", ".gate_up_proj.")
     return name
+
+
+def module_of(parameter: str) -> str:
+    """The module of vLLM's that has the parameter: it is packed as a whole."""
+    return parameter.rpartition(".")[0]
+
+
+def module_numbers(model: Model) -> np.ndarray:
+    """int64 [pieces]: the same for pieces that a layer of vLLM's keeps in one module."""
+    modules = [module_of(target_name(piece, 0)) for piece in model.pieces]
+    return np.array([modules.index(module) for module in modules])
 
 
 def target_offset(piece: Piece, model: Model, tp: int, tp_rank: int, *, whole_experts: bool) -> int:

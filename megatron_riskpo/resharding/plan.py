@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_riskpo.resharding.pieces import source_width
+from megatron_riskpo.resharding.pieces import module_numbers, source_width, target_rows
 from megatron_riskpo.resharding.schedule import BridgeLayout, Schedule, make_schedule, target_intervals
 from megatron_riskpo.resharding.sources import candidates, owner_steps, takes_last_copy
 from megatron_riskpo.resharding.stream import Stream
@@ -74,10 +74,38 @@ class RankPlan:
     @property
     def peak_round_bytes(self) -> int:
         """Most bytes that this rank sends and receives in a round."""
+        return int(self._round_bytes().max(initial=0))
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Of the two buckets that take turns, each as large as its largest round."""
+        return sum(int(self._round_bytes()[first::2].max(initial=0)) for first in (0, 1))
+
+    def _round_bytes(self) -> np.ndarray:
+        """int64 [rounds]"""
         per_round = np.zeros(int(self.rounds.max(initial=-1)) + 1, np.int64)
         for transfers in (self.sends, self.remote):
             np.add.at(per_round, transfers["round"], transfer_items(transfers))
-        return int(per_round.max(initial=0)) * self.layout.item_size
+        return per_round[self.rounds] * self.layout.item_size
+
+    @property
+    def peak_open_bytes(self) -> int:
+        """Most memory of vLLM's modules that have some of their slices and not all: each is held whole from its first
+        to its last, and slices come round by round, in the order of the stream."""
+        layout, order = self.layout, np.lexsort((self.receives["entry"], self.receives["round"]))
+        receives, tp = self.receives[order], layout.rollout.tp
+        modules = module_numbers(layout.model)[receives["piece"]] * (layout.model.shape.num_layers + 1)
+        _, first, index = np.unique(modules + receives["layer"], return_index=True, return_inverse=True)
+        items = np.bincount(index, transfer_items(receives)).astype(np.int64)
+        last = np.zeros(len(first), np.int64)
+        np.maximum.at(last, index, np.arange(len(receives)))
+        # Of a vocabulary also rows that pad it.
+        padded = np.array([target_rows(p, tp) * p.width if p.rule.is_vocab else 0 for p in layout.model.pieces])
+        items = np.maximum(items, padded[receives["piece"][first]])
+        change = np.zeros(len(receives) + 1, np.int64)
+        np.add.at(change, first, items)
+        np.add.at(change, last + 1, -items)
+        return max(int(np.cumsum(change).max()), int(padded.max()) if len(first) else 0) * layout.item_size
 
 
 def transfer_items(transfers: np.ndarray) -> np.ndarray:
@@ -105,8 +133,9 @@ def _receives(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray
         start, stop = intervals.start[stream.piece], intervals.stop[stream.piece]
         wanted = (stop > start) & intervals.holds(stream.expert) & _is_taken(layout, stream, stage, rank, place[0])
         entry, shard, start, stop = _split_over_shards(layout, stream, np.flatnonzero(wanted), start, stop)
-        source = _chosen_source(layout, schedule, stage, entry, shard, np.array(rank), np.array(place[0]))
-        number = _round_number(layout, stage, place[0], schedule.chunks[stage][entry])
+        group = layout.rollout.group(layout.actor, *place)
+        source = _chosen_source(layout, schedule, stage, entry, shard, np.array(rank), group)
+        number = schedule.round_number(stage, layout.rollout.first_stage(layout.actor, group), entry)
         found.append(_transfers(stream, entry, source, rank, number, start, stop))
     return np.concatenate(found)
 
@@ -145,19 +174,13 @@ def _first_owner(layout: BridgeLayout, stream: Stream, entry: np.ndarray, shard:
 
 def _chosen_source(
     layout: BridgeLayout, schedule: Schedule, stage: int, entry: np.ndarray, shard: np.ndarray,
-    destination: np.ndarray, replica: np.ndarray,
+    destination: np.ndarray, group: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     stream = schedule.streams[stage]
     step = owner_steps(layout.model, layout.actor)[stream.piece[entry]]
     first = stage * layout.actor.stage_size + _first_owner(layout, stream, entry, shard)
     found = candidates(destination, first, step, layout.actor.stage_size, layout.node_size)
-    return found.choose(destination, replica // layout.actor.pp + schedule.turns[stage][entry], first, step)
-
-
-def _round_number(layout: BridgeLayout, stage: int, replica: int | np.ndarray, chunk: np.ndarray) -> np.ndarray:
-    """The round in which a replica takes a bucket of a stage."""
-    num = layout.stages_at_once
-    return chunk * layout.num_turns + (stage - replica * num) % layout.actor.pp // num
+    return found.choose(destination, group + schedule.turns[stage][entry], first, step)
 
 
 def _sends(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray:
@@ -175,11 +198,13 @@ def _sends(layout: BridgeLayout, schedule: Schedule, rank: int) -> np.ndarray:
         wanted = np.flatnonzero((end > begin) & intervals.holds(stream.expert[entry]))
         destination = layout.rollout.rank(0, tp_rank) + replica * layout.rollout.tp
         shard = _held_shards(layout, rank)[stream.piece[entry[wanted]]]
-        source = _chosen_source(layout, schedule, stage, entry[wanted], shard, destination, replica)
+        group = layout.rollout.group(layout.actor, replica, tp_rank)
+        source = _chosen_source(layout, schedule, stage, entry[wanted], shard, destination, group)
         taken = _is_taken(layout, stream, stage, destination[:, 0], replica[:, 0])[:, entry[wanted]]
+        first_stage = layout.rollout.first_stage(layout.actor, group)
         row, column = np.nonzero((source == rank) & (destination != rank) & taken)
         index = wanted[column]
-        number = _round_number(layout, stage, row, schedule.chunks[stage][entry[index]])
+        number = schedule.round_number(stage, first_stage[row, 0], entry[index])
         found.append(_transfers(stream, entry[index], rank, destination[row, 0], number, begin[index], end[index]))
     return np.concatenate(found)
 

@@ -65,9 +65,10 @@ def summary(layout: BridgeLayout) -> list[str]:
         f"actor: {actor.world_size} ranks, tp {actor.tp}, pp {actor.pp}, vp {actor.vp}, cp {actor.cp}, ep {actor.ep}, "
         f"etp {actor.etp}; rollout: {rollout.replicas} engines, tp {rollout.tp}"
         f"{', expert-parallel' * rollout.expert_parallel}",
-        f"{layout.num_turns} x {schedule.num_chunks} rounds, of at most {layout.bucket_bytes / 2**20:g} MiB sent and "
-        f"received a rank; {sum(len(stream) for stream in schedule.streams)} tensors",
-        "rank     receives MiB   from itself   from its node   from others   sends MiB   largest round MiB",
+        f"{schedule.num_rounds} rounds, of at most {layout.bucket_bytes / 2**20:g} MiB sent and received a rank; "
+        f"{sum(len(stream) for stream in schedule.streams)} tensors",
+        "rank     receives MiB   from itself   from its node   from others   sends MiB   largest round MiB"
+        "   two buckets MiB   open module MiB",
     ]
     num_ranks = max(actor.world_size, rollout.rank(rollout.replicas, 0))
     lines += [_rank_line(plan_rank(layout, rank)) for rank in range(min(num_ranks, MAX_ROWS))]
@@ -83,7 +84,11 @@ def _rank_line(plan: RankPlan) -> str:
     sizes = [plan.num_bytes(part) / 2**20 for part in (receives, receives[is_own], receives[is_near])]
     rest = sizes[0] - sizes[1] - sizes[2]
     sends, peak = plan.num_bytes(plan.sends) / 2**20, plan.peak_round_bytes / 2**20
-    return f"{plan.rank:<9}{sizes[0]:>12.2f}{sizes[1]:>14.2f}{sizes[2]:>16.2f}{rest:>14.2f}{sends:>12.2f}{peak:>20.2f}"
+    extra = plan.bucket_bytes / 2**20, plan.peak_open_bytes / 2**20
+    return (
+        f"{plan.rank:<9}{sizes[0]:>12.2f}{sizes[1]:>14.2f}{sizes[2]:>16.2f}{rest:>14.2f}{sends:>12.2f}{peak:>20.2f}"
+        f"{extra[0]:>18.2f}{extra[1]:>18.2f}"
+    )
 
 
 def describe_rank(plan: RankPlan) -> list[str]:

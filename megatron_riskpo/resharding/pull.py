@@ -1,5 +1,5 @@
 """One rank's side of a push in which receivers read the senders' parameters where they lie: each number is copied once,
-into the sink, and there are no buckets, no messages, and no memory besides.
+into the sink, and there are no buckets, no messages, and no memory besides a module of vLLM's that is not packed yet.
 
 Nobody may change parameters meanwhile: ranks agree before that all are ready, and afterwards that all are done.
 """
@@ -29,17 +29,17 @@ class WeightPull:
 
     @torch.no_grad()
     def run(self, sink: ShardSink, version: int) -> PushReport:
-        """Copy everything, in the order of the rounds: a layer's modules are complete one soon after the other. With
-        checksums RunError where what arrived is not what the source holds."""
+        """Copy everything, in the order of the rounds: one module of vLLM's after the other. With checksums RunError
+        where what arrived is not what the source holds."""
         start = time.perf_counter()
         rank, plan = self.plan.rank, self.plan
         for step in self.rounds:
             where = f"weight push of version {version}: rank {rank}, round {step.number}"
             checked = where if self._with_checksums else ""
-            if step.local:
-                copy_slices(step.local, self._peers[rank], sink, rank, checked)
-            for message in step.receives:
-                copy_slices(message.parts, self._peers[message.peer], sink, message.peer, checked)
+            for arrival in step.arrivals:
+                copy_slices(arrival.parts, self._peers[arrival.peer], sink, arrival.peer, checked)
+                sink.open_modules.check()
         synchronize(self._device)
         moved = plan.num_bytes(plan.remote)
-        return PushReport(time.perf_counter() - start, moved, plan.num_bytes(plan.receives) - moved, 0)
+        local = plan.num_bytes(plan.receives) - moved
+        return PushReport(time.perf_counter() - start, moved, local, 0, sink.open_modules.peak_bytes)

@@ -1,7 +1,8 @@
 """One rank's side of a push: buckets filled, sent, received and emptied into the sink, two of them at a time.
 
-While a bucket is on the wires the next one is filled. The extra memory is the two buckets, whatever the model's size;
-it is counted, and more is an error.
+While a bucket is on the wires the next one is filled, and the one before is emptied. The extra memory is the two
+buckets and one module of vLLM's that is not packed yet, whatever the model's size; both are counted, and more is an
+error.
 """
 
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.plan import RankPlan
-from megatron_riskpo.resharding.rounds import Message, Part, Round, bucket_sizes, make_rounds
+from megatron_riskpo.resharding.rounds import Arrival, Message, Part, Round, bucket_sizes, make_rounds
 from megatron_riskpo.resharding.sink import ShardSink, compare, copy_slices, sums_of
 from megatron_riskpo.resharding.transports.base import Parcel, PeerError, PendingRound, Transport
 
@@ -30,7 +31,9 @@ class PushReport:
     bytes_local: int
     """From this rank itself."""
     peak_extra_bytes: int
-    """Of the buckets."""
+    """Of the two buckets."""
+    peak_open_bytes: int
+    """Of the largest module of vLLM's while its slices came: it is packed when it has all of them."""
 
 
 @dataclass
@@ -72,7 +75,7 @@ class WeightPush:
         for index, step in enumerate(self.rounds):
             if len(flights) == 2:
                 self._drain(flights.popleft(), version)
-            flights.append(self._start(step, buckets[index % 2], sink, version))
+            flights.append(self._start(step, buckets[index % 2], version))
             if len(flights) == 2:
                 self._receive(flights[0], sink, version)
         if flights:
@@ -81,14 +84,15 @@ class WeightPush:
             self._drain(flight, version)
         plan = self.plan
         moved = plan.num_bytes(plan.remote)
-        return PushReport(time.perf_counter() - start, moved, plan.num_bytes(plan.receives) - moved, peak)
+        local = plan.num_bytes(plan.receives) - moved
+        return PushReport(time.perf_counter() - start, moved, local, peak, sink.open_modules.peak_bytes)
 
     def _allocate(self) -> list[Tensor]:
         """Two buckets. On a GPU they are freed after the push: its memory is the engine's."""
         example = next(iter(self._parameters.values())).detach()
         return [example.new_empty(size) for size in bucket_sizes(self.rounds)]
 
-    def _start(self, step: Round, bucket: Tensor, sink: ShardSink, version: int) -> _Flight:
+    def _start(self, step: Round, bucket: Tensor, version: int) -> _Flight:
         contents = [_span(bucket, message) for message in step.sends]
         for message, content in zip(step.sends, contents, strict=True):
             self._fill(message, content)
@@ -100,9 +104,6 @@ class WeightPush:
                 receives.append(Parcel(message.peer, bucket.new_empty(len(message.parts), dtype=torch.int64)))
         with self._waiting(step, version):
             pending = self._transport.start(sends, receives)
-        # While messages are on the wires.
-        checked = self._where(version, step) if self._with_checksums else ""
-        copy_slices(step.local, self._parameters, sink, self.plan.rank, checked)
         return _Flight(step, pending, sends, receives)
 
     def _fill(self, message: Message, content: Tensor) -> None:
@@ -110,18 +111,33 @@ class WeightPush:
             part.source.copy(self._parameters[part.source.parameter], _piece(content, message, part))
 
     def _receive(self, flight: _Flight, sink: ShardSink, version: int) -> None:
-        messages = flight.round.receives
-        with self._waiting(flight.round, version) as deadline:
+        step = flight.round
+        with self._waiting(step, version) as deadline:
             flight.pending.receive(deadline)
+        messages = {message.peer: message for message in step.receives}
         contents = [parcel.buffer for parcel in flight.received]
-        sums = contents[len(messages) :]  # none without checksums
-        for index, (message, content) in enumerate(zip(messages, contents, strict=False)):
-            for part in message.parts:
-                part.target.view(sink.parameter(part.target.parameter)).copy_(_piece(content, message, part))
-            if sums:
-                compare(message.parts, sums[index], sink, message.peer, self._where(version, flight.round))
-            for part in message.parts:
-                sink.arrived(part.target.parameter, part.numel)
+        buffers = dict(zip(messages, contents, strict=False))
+        sums = dict(zip(messages, contents[len(messages) :], strict=False))  # none without checksums
+        where = self._where(version, step)
+        for arrival in step.arrivals:
+            peer = arrival.peer
+            if peer == self.plan.rank:
+                copy_slices(arrival.parts, self._parameters, sink, peer, where if self._with_checksums else "")
+            else:
+                self._empty(arrival, messages[peer], buffers[peer], sums.get(peer), sink, where)
+            sink.open_modules.check()
+
+    def _empty(
+        self, arrival: Arrival, message: Message, content: Tensor, sums: Tensor | None, sink: ShardSink, where: str
+    ) -> None:
+        """Part of a message into the sink; RunError where its sums differ."""
+        for part in arrival.parts:
+            part.target.view(sink.parameter(part.target.parameter)).copy_(_piece(content, message, part))
+        if sums is not None:
+            of_parts = sums[arrival.first : arrival.first + len(arrival.parts)]
+            compare(arrival.parts, of_parts, sink, arrival.peer, where)
+        for part in arrival.parts:
+            sink.arrived(part.target.parameter, part.numel)
 
     def _drain(self, flight: _Flight, version: int) -> None:
         with self._waiting(flight.round, version) as deadline:

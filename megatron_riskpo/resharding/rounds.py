@@ -6,6 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
+from megatron_riskpo.resharding.pieces import module_of
 from megatron_riskpo.resharding.plan import RankPlan, transfer_items
 from megatron_riskpo.resharding.slices import SourceSlice, TargetSlice, source_slice, target_slice
 
@@ -33,14 +34,25 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """What comes from one rank for one module of vLLM's, in a round."""
+
+    peer: int
+    """This rank itself, where it has what it needs: copied within the rank, through no bucket."""
+    first: int
+    """Of the parts of the message: the first one's place."""
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
 class Round:
     """What a rank does in a round; its bucket has room for what it sends, then for what it receives."""
 
     number: int
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
-    local: tuple[Part, ...]
-    """Copied within the rank, through no bucket."""
+    arrivals: tuple[Arrival, ...]
+    """What it receives, and has itself, module after module: a module takes memory until all of it is there."""
 
     @property
     def numel(self) -> int:
@@ -54,10 +66,26 @@ def make_rounds(plan: RankPlan) -> tuple[Round, ...]:
     rounds = []
     for number in plan.rounds:
         sends, end = _messages(plan, _of_round(plan.sends, number), "destination", 0)
-        receives, _ = _messages(plan, _of_round(remote, number), "source", end)
-        local, _ = _parts(plan, _of_round(own, number), 0)
-        rounds.append(Round(int(number), tuple(sends), tuple(receives), local))
+        from_others, from_self = _of_round(remote, number), _of_round(own, number)
+        receives, _ = _messages(plan, from_others, "source", end)
+        local, _ = _messages(plan, from_self, "source", 0)
+        places = np.concatenate([from_others["entry"], from_self["entry"]]).tolist()
+        arrivals = _by_module([*receives, *local], places)
+        rounds.append(Round(int(number), tuple(sends), tuple(receives), arrivals))
     return tuple(rounds)
+
+
+def _by_module(messages: Sequence[Message], places: Sequence[int]) -> tuple[Arrival, ...]:
+    """`places`, of each part, in the stage's stream, where a module's tensors follow each other."""
+    found, start = [], 0
+    for message in messages:
+        parts = message.parts
+        for _, group in groupby(range(len(parts)), key=lambda i, of=parts: module_of(of[i].target.parameter)):
+            index = list(group)
+            arrival = Arrival(message.peer, index[0], parts[index[0] : index[-1] + 1])
+            found.append((places[start + index[0]], message.peer, arrival))
+        start += len(parts)
+    return tuple(arrival for *_, arrival in sorted(found, key=lambda entry: entry[:2]))
 
 
 def _of_round(transfers: np.ndarray, number: int) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""What the ranks have to agree on: the stages' streams, and their cut into rounds.
+"""What the ranks have to agree on: the stages' streams, and their cut into spans and rounds.
 
-In a round a replica takes one bucket of one stage's stream, and in the next round one of the next stage's. Replica r
-starts with stage r % pp. Where there are fewer replicas than stages, a replica takes parts of a bucket from several
-stages at once, and replica r starts at stage r times their number: all stages give at all times. After (stages / stages
-at once) * (buckets of the longest stream) rounds everyone has everything.
+In a round a rollout rank takes one bucket of one stage's stream. It stays at the stage for a span, some buckets that
+end where a module of vLLM's is complete, and takes one of the next stage in the next rounds: so no module waits, begun,
+for a stage's next turn. Replicas start with different stages, equally many with each; where there are more stages than
+replicas, parts of a replica's ranks may (RolloutLayout.group). All give at all times, or as many as keep the takers
+busy. The i-th span takes as many rounds as the longest i-th span of a stage has buckets, times the number of stages.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,14 @@ from megatron_riskpo.config import ActorConfig
 from megatron_riskpo.resharding.layouts import ActorLayout, RolloutLayout
 from megatron_riskpo.resharding.pieces import Model, source_width, target_interval
 from megatron_riskpo.resharding.sources import busiest_source, owner_steps
-from megatron_riskpo.resharding.stream import Stream, chunk_numbers, cut_large, interleaved_experts, stage_stream
+from megatron_riskpo.resharding.stream import (
+    Stream,
+    cut_into_spans,
+    cut_large,
+    interleaved_experts,
+    module_ends,
+    stage_stream,
+)
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,6 @@ class BridgeLayout:
         both = self.rollout.first_rank < self.actor.world_size
         return self.bucket_bytes // 2 if both else self.bucket_bytes
 
-    @property
-    def stages_at_once(self) -> int:
-        """From which a replica takes in a round."""
-        return max(1, self.actor.pp // self.rollout.replicas)
-
-    @property
-    def num_turns(self) -> int:
-        """Rounds after which a replica is back at a stage."""
-        return -(-self.actor.pp // self.stages_at_once)
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -79,10 +77,23 @@ class Schedule:
     streams: tuple[Stream, ...]
     turns: tuple[np.ndarray, ...]
     """`Stream.turns` of each."""
+    spans: tuple[np.ndarray, ...]
+    """Of each entry of a stream: its span, and its bucket within the span."""
     chunks: tuple[np.ndarray, ...]
-    """Of each entry of a stream: its bucket, counted within the stage."""
-    num_chunks: int
-    """Of the stage with most."""
+    span_sizes: np.ndarray
+    """int64 [spans]: buckets of a span, of the stage with most; all ranks are at their stage for as many rounds."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Of the whole push; a rank has nothing to do in some of them."""
+        return len(self.streams) * int(self.span_sizes.sum())
+
+    def round_number(self, stage: int, first_stage: np.ndarray, entry: np.ndarray) -> np.ndarray:
+        """The round in which rollout ranks that begin with `first_stage` take an entry of `stage`."""
+        span, num_stages = self.spans[stage][entry], len(self.streams)
+        before = np.cumsum(self.span_sizes) - self.span_sizes
+        turn = (stage - first_stage) % num_stages
+        return num_stages * before[span] + turn * self.span_sizes[span] + self.chunks[stage][entry]
 
 
 @dataclass(frozen=True)
@@ -122,20 +133,25 @@ def target_experts(layout: BridgeLayout, tp_rank: int) -> tuple[int, int]:
 @lru_cache(maxsize=8)
 def make_schedule(layout: BridgeLayout) -> Schedule:
     """The same on every rank. Raises UsageError where a bucket is too small or sizes do not divide."""
-    streams, chunks = [], []
-    received, limit = _received(layout), layout.limit // layout.stages_at_once
+    streams, spans, chunks = [], [], []
+    received, once = _received(layout), _sent_once(layout)
     for stage in range(layout.actor.pp):
-        sent = _sent(layout, stage, received)
+        sent = _num_served(layout, stage) * once
         order = interleaved_experts(layout.model.shape.num_experts, _owners(layout))
         whole = stage_stream(layout.model, layout.actor, stage, order)
         most = np.maximum(received.max(axis=0), sent)[whole.piece]
-        stream = cut_large(whole, most * layout.item_size * whole.high, limit, whole.high)
+        stream = cut_large(whole, most * layout.item_size * whole.high, layout.limit, whole.high)
         columns = (stream.high - stream.low) * layout.item_size
         loads = np.concatenate([_receive_loads(layout, stream, received), _send_loads(layout, stream, sent)]) * columns
+        span, chunk = cut_into_spans(loads, layout.limit, module_ends(layout.model, stream))
         streams.append(stream)
-        chunks.append(chunk_numbers(loads, limit))
+        spans.append(span)
+        chunks.append(chunk)
+    sizes = np.zeros(max(int(span.max(initial=0)) for span in spans) + 1, np.int64)
+    for span, chunk in zip(spans, chunks, strict=True):
+        np.maximum.at(sizes, span, chunk + 1)
     turns = tuple(stream.turns() for stream in streams)
-    return Schedule(tuple(streams), turns, tuple(chunks), max(int(chunk.max(initial=0)) for chunk in chunks) + 1)
+    return Schedule(tuple(streams), turns, tuple(spans), tuple(chunks), sizes)
 
 
 def _owners(layout: BridgeLayout) -> list[int]:
@@ -148,18 +164,29 @@ def _received(layout: BridgeLayout) -> np.ndarray:
     return np.stack([interval.stop - interval.start for interval in intervals])
 
 
-def _sent(layout: BridgeLayout, stage: int, received: np.ndarray) -> np.ndarray:
-    """int64 [pieces]: indices that the busiest owner sends in a round, at most."""
+def _num_served(layout: BridgeLayout, stage: int) -> np.ndarray:
+    """int64 [pieces]: engines that the busiest owner of a tensor serves in a round, at most."""
+    steps = owner_steps(layout.model, layout.actor).tolist()
+    served = {step: busiest_source(step, stage, layout.actor, layout.rollout, layout.node_size) for step in set(steps)}
+    return np.array([served[step] for step in steps])
+
+
+def _sent_once(layout: BridgeLayout) -> np.ndarray:
+    """int64 [pieces]: indices that an owner of a tensor sends at most to those of an engine's ranks that are at its
+    stage."""
     model, actor, rollout = layout.model, layout.actor, layout.rollout
-    steps = owner_steps(model, actor)
-    serves = {
-        step: busiest_source(step, stage, actor, rollout, layout.node_size) for step in {int(step) for step in steps}
-    }
-    copies = np.maximum(1, received.sum(axis=0) // np.array([piece.length for piece in model.pieces]))
-    if rollout.expert_parallel:
-        copies[[piece.is_expert for piece in model.pieces]] = 1
+    intervals = [target_intervals(layout, tp_rank) for tp_rank in range(rollout.tp)]
+    start, stop = (np.stack(ends) for ends in zip(*((of.start, of.stop) for of in intervals), strict=True))
+    group = rollout.group(actor, 0, np.arange(rollout.tp))
     held = np.array([source_width(piece, model.shape, actor) for piece in model.pieces])
-    return np.array([serves[int(step)] for step in steps]) * copies * held
+    is_whole = np.array([piece.is_expert and rollout.expert_parallel for piece in model.pieces])
+    most = np.zeros(len(model.pieces), np.int64)
+    for shard in range(max(piece.num_shards(actor) for piece in model.pieces)):
+        taken = np.minimum(stop, (shard + 1) * held) - np.maximum(start, shard * held)
+        for of_group in (np.maximum(taken[group == number], 0) for number in range(group.max() + 1)):
+            # An expert that is not split has one taker.
+            most = np.maximum(most, np.where(is_whole, of_group.max(axis=0), of_group.sum(axis=0)))
+    return most
 
 
 def _receive_loads(layout: BridgeLayout, stream: Stream, received: np.ndarray) -> np.ndarray:

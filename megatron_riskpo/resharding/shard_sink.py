@@ -3,8 +3,8 @@
 vLLM's own loaders take whole Hugging Face tensors and cut them, and keep what came until a module is complete. Here a
 module gets its parameters in the layout of the checkpoint at the first slice (as the reload makes them, of this rank's
 size), slices are copied in place, and at the last one vLLM packs the module and puts it back: no whole tensor, no
-second copy of more than a module. That the slices lie where vLLM's loaders would put them is checked against these
-loaders before the first push (layout_check.py).
+second copy of more than one module at a time. That the slices lie where vLLM's loaders would put them is checked
+against these loaders before the first push (layout_check.py).
 """
 
 import time
@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_riskpo.errors import RunError
+from megatron_riskpo.resharding.open_modules import OpenModules
+from megatron_riskpo.resharding.pieces import module_of
 
 
 @dataclass
@@ -24,6 +26,7 @@ class _Module:
     module: nn.Module
     missing: int
     """Numbers that have not come yet."""
+    is_begun: bool = False
     is_packed: bool = False
 
 
@@ -35,6 +38,8 @@ class VllmShardSink:
         self._worker = worker
         self._expected = expected
         self._modules: dict[str, _Module] = {}
+        self.open_modules = OpenModules()
+        """Of the last push."""
         self.keep: Callable[[str, Tensor], None] | None = None
         """Called with each parameter when it is complete, before vLLM packs it (bridge.verify = "golden")."""
         self.pack_seconds = 0.0
@@ -50,27 +55,35 @@ class VllmShardSink:
         self._worker.riskpo_begin_update()
         model, missing = self.model, {}
         for name, numel in self._expected.items():
-            module = name.rpartition(".")[0]
-            missing[module] = missing.get(module, 0) + numel
-        self.pack_seconds = 0.0
+            missing[module_of(name)] = missing.get(module_of(name), 0) + numel
+        self.pack_seconds, self.open_modules = 0.0, OpenModules()
         self._modules = {name: _Module(model.get_submodule(name), numel) for name, numel in missing.items()}
 
     def parameter(self, name: str) -> Tensor:
         """Of this rank's size, in the checkpoint's layout."""
         path, _, attribute = name.rpartition(".")
-        module = self._modules[path].module
-        tensor = getattr(module, attribute)
-        if tensor.is_meta:
-            _materialize(module)
-            tensor = getattr(module, attribute)
-            expected = self._expected[name]
+        entry = self._modules[path]
+        if not entry.is_begun:
+            self._begin(path)
+        return getattr(entry.module, attribute).data
+
+    def _begin(self, path: str) -> None:
+        entry = self._modules[path]
+        tensors = [*entry.module.named_parameters(recurse=False), *entry.module.named_buffers(recurse=False)]
+        missing = {name: tensor for name, tensor in tensors if tensor.is_meta}
+        self.open_modules.begin(path, sum(tensor.nbytes for tensor in missing.values()))
+        entry.is_begun = True
+        if missing:
+            _materialize(entry.module)
+        for name in missing:
+            tensor = getattr(entry.module, name)
+            expected = self._expected.get(f"{path}.{name}", tensor.numel())
             if expected < tensor.numel():
                 tensor.data[expected // tensor[0].numel() :].zero_()  # rows that pad the vocabulary
-        return tensor.data
 
     def arrived(self, name: str, numel: int) -> None:
         """Count, and let vLLM pack a module that is complete."""
-        path = name.rpartition(".")[0]
+        path = module_of(name)
         entry = self._modules[path]
         entry.missing -= numel
         if entry.missing < 0:
@@ -79,7 +92,7 @@ class VllmShardSink:
             self._complete(path)
 
     def _complete(self, path: str) -> None:
-        for name in [name for name in self._expected if name.rpartition(".")[0] == path]:
+        for name in [name for name in self._expected if module_of(name) == path]:
             complete = self.parameter(name)
             if self.keep is not None:
                 self.keep(name, complete)
@@ -87,6 +100,7 @@ class VllmShardSink:
         _pack(self._modules[path].module, self._worker.vllm_config)
         self.pack_seconds += time.perf_counter() - start
         self._modules[path].is_packed = True
+        self.open_modules.end(path)
 
     def finish(self, version: int) -> None:
         """Put the engine back to work on the new weights; RunError if some are missing."""

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.checksums import checksum
+from megatron_riskpo.resharding.open_modules import OpenModules
 from megatron_riskpo.resharding.peer_parameters import Parameters
 from megatron_riskpo.resharding.rounds import Part
 
 
 class ShardSink(Protocol):
     """Takes a rank's shard, slice by slice, into parameters as vLLM stores them before it packs them."""
+
+    open_modules: OpenModules
+    """What it has begun and not completed."""
 
     def parameter(self, name: str) -> Tensor:
         """The storage to copy slices into."""

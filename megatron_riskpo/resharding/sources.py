@@ -60,16 +60,19 @@ def takes_last_copy(destination: np.ndarray, replica: np.ndarray, actor: ActorLa
 
 def busiest_source(step: int, stage: int, actor: ActorLayout, rollout: RolloutLayout, node_size: int) -> int:
     """Of a tensor whose owners are `step` apart: the most rollout ranks of one tensor-parallel rank that one owner
-    serves in one round (its own not counted), at most. In a round those replicas are on a stage that have the same
-    remainder by pp."""
+    serves in one round (its own not counted), at most. In a round those are at a stage that have begun at the same
+    one."""
     replica = np.arange(rollout.replicas)
     tp_rank = np.arange(rollout.tp)[:, None]
     first = stage * actor.stage_size + np.arange(step)[:, None, None]
     destination = rollout.rank(0, 0) + tp_rank + replica * rollout.tp
+    group = rollout.group(actor, replica, tp_rank)
     found = candidates(destination, first, np.array(step), actor.stage_size, node_size)
-    source = found.choose(destination, replica // actor.pp, first, np.array(step))
-    bins = ((source - stage * actor.stage_size) * rollout.tp + tp_rank) * actor.pp + replica % actor.pp
+    source = found.choose(destination, group, first, np.array(step))
+    bins = ((source - stage * actor.stage_size) * rollout.tp + tp_rank) * actor.pp + rollout.first_stage(actor, group)
     is_near = np.broadcast_to(found.count < actor.stage_size // step, source.shape)
     # The next tensor is the next owner's, of each node and of the stage: two turns that may meet anywhere.
-    groups = (~found.is_own & is_near, ~found.is_own & ~is_near)
-    return sum(int(np.bincount(bins[group]).max(initial=0)) for group in groups)
+    kinds = (~found.is_own & is_near, ~found.is_own & ~is_near)
+    num_bins = actor.stage_size * rollout.tp * actor.pp
+    counts = np.stack([np.bincount(bins[chosen], minlength=num_bins).reshape(-1, actor.pp) for chosen in kinds])
+    return int(counts.max(axis=1).sum(axis=0).max())

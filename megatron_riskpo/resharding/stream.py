@@ -5,12 +5,17 @@ Everything is an array over the stage's tensors: a model of 256 experts a layer 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from megatron_riskpo.errors import UsageError
 from megatron_riskpo.resharding.layouts import ActorLayout
-from megatron_riskpo.resharding.pieces import Model
+from megatron_riskpo.resharding.pieces import Model, module_numbers
+
+SPAN_BUCKETS = 8
+"""Buckets of a span, at most where modules are smaller: enough that its last one, which may be nearly empty, counts
+little, and few enough that a rank does not wait long for one that is at a longer span."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,20 @@ def stage_stream(model: Model, layout: ActorLayout, stage: int, expert_order: np
 
 
 def _layer_pattern(model: Model, expert_order: np.ndarray) -> np.ndarray:
-    """int64 [tensors of a layer, 2]: piece, expert."""
+    """int64 [tensors of a layer, 2]: piece, expert; those of one module of vLLM's one after the other."""
     parts = []
-    for i, piece in enumerate(model.pieces):
-        if piece.is_layer:
-            experts = expert_order if piece.is_expert else np.array([-1])
+    for i in np.argsort(module_numbers(model), kind="stable").tolist():
+        if model.pieces[i].is_layer:
+            experts = expert_order if model.pieces[i].is_expert else np.array([-1])
             parts.append(np.stack([np.full(len(experts), i), experts], axis=1))
     return np.concatenate(parts).astype(np.int64)
+
+
+def module_ends(model: Model, stream: Stream) -> np.ndarray:
+    """bool [entries]: whether it is the last one of a module of vLLM's."""
+    module = module_numbers(model)[stream.piece]
+    goes_on = (module[1:] == module[:-1]) & (stream.layer[1:] == stream.layer[:-1])
+    return np.append(~goes_on, [True] * bool(len(stream)))
 
 
 def interleaved_experts(num_experts: int, owners: Sequence[int]) -> np.ndarray:
@@ -97,18 +109,35 @@ def cut_large(stream: Stream, load: np.ndarray, limit: int, widths: np.ndarray) 
     return Stream(cut.piece, cut.layer, cut.expert, low, np.minimum(low + step[index], widths[index]))
 
 
-def chunk_numbers(loads: np.ndarray, limit: int) -> np.ndarray:
-    """int64 [entries]: which bucket each entry is in, so that in no row of `loads` (int64 [ranks, entries], bytes) the
-    entries of a bucket are more than `limit`."""
+def cut_into_spans(loads: np.ndarray, limit: int, is_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [entries] twice: the span that each entry is in, and its bucket within the span.
+
+    In no row of `loads` (int64 [ranks, entries], bytes) the entries of a bucket are more than `limit`. A span ends
+    where `is_end` (bool [entries]).
+    """
     totals = np.concatenate([np.zeros((len(loads), 1), np.int64), np.cumsum(loads, axis=1)], axis=1)
-    num_entries = loads.shape[1]
-    chunks = np.zeros(num_entries, np.int64)
+    spans, chunks = np.zeros((2, loads.shape[1]), np.int64)
     start = number = 0
-    while start < num_entries:
-        stop = _chunk_end(totals, start, limit)
-        chunks[start:stop] = number
-        start, number = stop, number + 1
-    return chunks
+    while start < len(spans):
+        ends = _span(totals, start, limit, is_end)
+        for chunk, (first, stop) in enumerate(pairwise([start, *ends])):
+            chunks[first:stop] = chunk
+        spans[start : ends[-1]] = number
+        start, number = ends[-1], number + 1
+    return spans, chunks
+
+
+def _span(totals: np.ndarray, start: int, limit: int, is_end: np.ndarray) -> list[int]:
+    """Where the buckets of the span that begins at `start` end."""
+    ends: list[int] = []
+    while True:
+        ends.append(_chunk_end(totals, ends[-1] if ends else start, limit))
+        if len(ends) < SPAN_BUCKETS and ends[-1] < len(is_end):
+            continue
+        possible = np.flatnonzero(is_end[start : ends[-1]])
+        if len(possible):
+            stop = start + int(possible[-1]) + 1
+            return [*(end for end in ends if end < stop), stop]
 
 
 def _chunk_end(totals: np.ndarray, start: int, limit: int) -> int:

@@ -16,6 +16,7 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards, served_layout
 from megatron_riskpo.resharding.network_receiver import report_key
+from megatron_riskpo.resharding.open_modules import OpenModules
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
@@ -29,6 +30,8 @@ from megatron_riskpo.rollout.server_push import ServerUpdate
 
 class _NoSink:
     """ShardSink of a rank that only sends."""
+
+    open_modules = OpenModules()
 
     def parameter(self, name: str) -> Tensor:
         raise RunError(f"weight push: {name} was sent to a rank of the trainer")
@@ -202,6 +205,7 @@ class NetworkPush:
             "perf/pack_s": most["pack_seconds"],
             "bridge/received_mib": most["bytes_received"] / 2**20,
             "bridge/peak_extra_mib": most["peak_extra_bytes"] / 2**20,
+            "bridge/peak_open_mib": most["peak_open_bytes"] / 2**20,
         }
 
     def leave(self) -> None:

@@ -144,7 +144,7 @@ def test_a_sync_counts_what_the_bridge_moves_and_holds(toml) -> None:
     # Three quarters on average; a rank that has nothing of its own shard gets all of it.
     assert remote * 3 / 4 * 0.99 <= seconds - copies <= remote
     table = MODEL["vocab_size"] * MODEL["hidden_size"] * 2
-    assert extra == {"buckets": 2 * 8 * 2**20, "modules": 8 * 2**20 + table // 2}
+    assert extra == {"buckets": 2 * 8 * 2**20, "module": table // 2}
     assert all(plan.peak_round_bytes <= 8 * 2**20 for plan in plans)
 
     served = config_of(toml, *vllm, "--rollout.placement", "server")

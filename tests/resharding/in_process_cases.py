@@ -69,6 +69,7 @@ def _updates(actor: Actor, engine: VllmEngine, *, shared: bool) -> list[dict[str
         expected = actor.logprobs(bridge.probe, temperature=1.0)
         scores = torch.cat(engine.token_logprobs([s.tolist() for s in bridge.probe.sequences()]))
         assert push.report is not None
+        assert push.report.peak_open_bytes == push.push.plan.peak_open_bytes
         found.append(metrics | {
             "difference": float((scores - expected).abs().max()),
             "rounds": len(make_rounds(push.push.plan)),

@@ -143,16 +143,22 @@ def test_as_many_bytes_as_a_shard_has_and_none_where_the_rank_has_them():
         assert plan.num_bytes(plan.receives) > 0
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
-def test_all_stages_send_in_every_round(replicas):
-    layout = layout_of(ActorLayout(16, tp=2, pp=4), RolloutLayout(2, replicas, first_rank=16), bucket_bytes=2**16)
-    busy = {
-        (int(number), rank // 4) for rank in range(16) for number in np.unique(plan_rank(layout, rank).sends["round"])
-    }
-    rounds = {number for number, _ in busy}
+@pytest.mark.parametrize(
+    ("actor_tp", "replicas", "stages"), [(2, 1, 1), (2, 2, 2), (2, 4, 4), (2, 8, 4), (1, 1, 2), (1, 2, 4)]
+)
+def test_stages_send_at_the_same_time(actor_tp, replicas, stages):
+    """One an engine, two where a rank of the actor has what both ranks of an engine need."""
+    layout = layout_of(
+        ActorLayout(16, tp=actor_tp, pp=4), RolloutLayout(2, replicas, first_rank=16), bucket_bytes=2**16,
+        num_hidden_layers=32,
+    )  # fmt: skip
+    busy: dict[int, set[int]] = {}
+    for rank in range(16):
+        for number in np.unique(plan_rank(layout, rank).sends["round"]).tolist():
+            busy.setdefault(number, set()).add(rank // 4)
     # Stages are not equally large: in the last rounds some have nothing left.
-    in_all = {number for number in rounds if all((number, stage) in busy for stage in range(4))}
-    assert in_all >= set(sorted(rounds)[: len(rounds) * 2 // 3])
+    assert sum(len(of_round) >= stages for of_round in busy.values()) > 0.8 * len(busy)
+    assert max(len(of_round) for of_round in busy.values()) == stages
 
 
 def test_plans_are_cached_compared_and_told_apart():

@@ -27,13 +27,15 @@ def test_a_line_a_rank_with_its_bytes(config, capsys):
     options = load_config(TrainConfig, config, [])
     layout = planned_layout(options, load_model_config(options.model.path), 8, 4)
     for rank, line in enumerate(lines[3:]):
-        number, received, own, near, others, sent, peak = map(float, line.split())
+        number, received, own, near, others, sent, peak, buckets, module = map(float, line.split())
         plan = plan_rank(layout, rank)
         assert number == rank
         assert received == pytest.approx(plan.num_bytes(plan.receives) / 2**20, abs=0.006)
         assert own + near + others == pytest.approx(received, abs=0.02)
         assert sent == pytest.approx(plan.num_bytes(plan.sends) / 2**20, abs=0.006)
         assert peak == pytest.approx(plan.peak_round_bytes / 2**20, abs=0.006)
+        assert buckets == pytest.approx(plan.bucket_bytes / 2**20, abs=0.006)
+        assert module == pytest.approx(plan.peak_open_bytes / 2**20, abs=0.006)
     assert len(lines) == 11
 
 

@@ -16,7 +16,7 @@ from megatron_riskpo.resharding.schedule import BridgeLayout
 from megatron_riskpo.resharding.slices import SourceSlice
 from tests.resharding.fault_ranks import fault_layout
 from tests.resharding.layout_strategies import bridge_layouts
-from tests.resharding.whole_model import actor_parameters, rollout_parameters
+from tests.resharding.whole_model import actor_parameters, module_bytes, rollout_parameters
 
 
 def pull_of(layout: BridgeLayout, rank: int, *, with_checksums: bool) -> tuple[WeightPull, MemorySink]:
@@ -40,6 +40,7 @@ def test_all_sinks_end_with_their_shards(layout, with_checksums):
         assert not any(sink.missing.values())
         assert report.bytes_received + report.bytes_local == sum(8 * int((t > 0).sum()) for t in expected.values())
         assert report.peak_extra_bytes == 0
+        assert report.peak_open_bytes == max(module_bytes(sink.parameters).values())
 
 
 def test_a_slice_that_is_copied_wrongly_is_found_by_its_checksum(monkeypatch):

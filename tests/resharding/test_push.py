@@ -8,6 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from megatron_riskpo.resharding.memory_sink import MemorySink
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.push import PushReport, WeightPush
 from megatron_riskpo.resharding.schedule import BridgeLayout
+from megatron_riskpo.resharding.sink import ShardSink
 from megatron_riskpo.resharding.slices import TargetSlice
 from megatron_riskpo.resharding.transports.base import Parcel, PeerError
+from megatron_riskpo.rollout.network_push import _NoSink
 from tests.resharding.fault_ranks import fault_layout
 from tests.resharding.layout_strategies import bridge_layouts
-from tests.resharding.whole_model import actor_parameters, rollout_parameters
+from tests.resharding.whole_model import actor_parameters, module_bytes, rollout_parameters
 
 Wires = defaultdict[tuple[int, int], queue.Queue]
 
@@ -34,8 +37,11 @@ class QueueTransport:
     def __init__(self, rank: int, wires: Wires, change: Callable[[torch.Tensor], torch.Tensor] = lambda buffer: buffer):
         self.rank, self.wires, self.change = rank, wires, change
         self.in_flight = self.most_in_flight = self.launches = 0
+        self.calls: list[tuple[str, int]] = []
+        """With the number of the round, counted from 0."""
 
     def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "QueueTransport.Pending":
+        self.calls.append(("start", self.launches))
         self.in_flight += 1
         self.launches += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -44,10 +50,12 @@ class QueueTransport:
     class Pending:
         def __init__(self, transport: "QueueTransport", sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
             self.transport, self.sends, self.receives = transport, sends, receives
+            self.number = transport.launches - 1
             for parcel in sends:
                 transport.wires[transport.rank, parcel.peer].put(transport.change(parcel.buffer.clone()))
 
         def receive(self, deadline: float) -> None:
+            self.transport.calls.append(("receive", self.number))
             for parcel in self.receives:
                 try:
                     wire = self.transport.wires[parcel.peer, self.transport.rank]
@@ -84,13 +92,13 @@ class Run:
         # Ranks of engines alone have none; the push takes the dtype of its buckets from what there is.
         return actor_parameters(self.layout, rank) if is_actor else {"": torch.empty(0, dtype=torch.int64)}
 
-    def _sink(self, rank: int) -> MemorySink | None:
+    def _sink(self, rank: int) -> ShardSink:
         place = self.layout.rollout.place(rank)
-        return None if place is None else MemorySink(self.layout, place[1], torch.empty(0, dtype=torch.int64))
+        return _NoSink() if place is None else MemorySink(self.layout, place[1], torch.empty(0, dtype=torch.int64))
 
     def _one(self, rank: int, version: int) -> None:
         try:
-            self.outcomes[rank] = self.pushes[rank].run(self.sinks[rank], version)  # type: ignore[arg-type]
+            self.outcomes[rank] = self.pushes[rank].run(self.sinks[rank], version)
         except Exception as error:
             self.outcomes[rank] = error
 
@@ -109,11 +117,17 @@ def test_all_sinks_end_with_their_shards(layout, with_checksums):
     run.go()
     for rank, (push, report, sink) in enumerate(zip(run.pushes, run.outcomes, run.sinks, strict=True)):
         assert isinstance(report, PushReport), report
-        assert report.peak_extra_bytes <= 2 * layout.bucket_bytes
-        assert run.transports[rank].most_in_flight <= 2
-        assert run.transports[rank].launches == len(push.rounds)  # one a bucket, however many tensors
-        if sink is None:
+        assert report.peak_extra_bytes == push.plan.bucket_bytes <= 2 * layout.bucket_bytes
+        num_rounds, transport = len(push.rounds), run.transports[rank]
+        assert transport.most_in_flight == min(2, num_rounds)
+        assert transport.launches == num_rounds  # one a bucket, however many tensors
+        # The next bucket is filled and under way before anybody waits for this one.
+        pairs = [(("start", n + 1), ("receive", n)) for n in range(num_rounds - 1)]
+        assert all(transport.calls.index(start) < transport.calls.index(wait) for start, wait in pairs)
+        if not isinstance(sink, MemorySink):
+            assert report.peak_open_bytes == 0
             continue
+        assert report.peak_open_bytes == max(module_bytes(sink.parameters).values())
         expected = rollout_parameters(layout, layout.rollout.place(rank)[1])  # type: ignore[index]
         for name, tensor in sink.parameters.items():
             assert torch.equal(tensor, expected[name][: len(tensor)]), (rank, name)
@@ -126,8 +140,9 @@ def test_a_slice_that_is_copied_wrongly_is_found_by_its_checksum(monkeypatch, lo
     """By the copy into vLLM's parameter, or by the one within a rank."""
     right = TargetSlice.view
     run = Run(fault_layout(), with_checksums=True, timeout_s=0.5)
-    step = next(step for step in run.pushes[0].rounds if (step.local if local else step.receives))
-    part = step.local[0] if local else step.receives[0].parts[0]
+    arrivals = [arrival for step in run.pushes[0].rounds for arrival in step.arrivals]
+    arrival = next(arrival for arrival in arrivals if (arrival.peer == 0) == local)
+    part = arrival.parts[0]
     calls = 0
 
     def view(self: TargetSlice, parameter: torch.Tensor) -> torch.Tensor:
@@ -141,7 +156,7 @@ def test_a_slice_that_is_copied_wrongly_is_found_by_its_checksum(monkeypatch, lo
     monkeypatch.setattr(TargetSlice, "view", view)
     run.go()
     message = str(run.outcomes[0])
-    source, name = 0 if local else step.receives[0].peer, part.target.parameter
+    source, name = arrival.peer, part.target.parameter
     assert f"slices from rank {source} 1 have another checksum than there, the first is of {name!r}" in message
 
 
@@ -188,7 +203,7 @@ def test_buckets_beyond_the_bound_are_an_error():
     run = Run(fault_layout(), with_checksums=False)
     push = run.pushes[0]
     (first, *rest) = push.rounds
-    too_large = type(first)(first.number, (), tuple(m for step in push.rounds for m in step.receives), ())
+    too_large = replace(first, sends=(), receives=tuple(m for step in push.rounds for m in step.receives), arrivals=())
     push.rounds = [too_large, *rest]
     with pytest.raises(RunError, match=r"the buckets of rank 0 take \d+ bytes, more than 262144"):
         push.run(run.sinks[0], 0)  # type: ignore[arg-type]

@@ -53,11 +53,14 @@ def test_modules_are_packed_when_they_are_complete(sink):
     kept = {}
     sink.keep = lambda name, tensor: kept.update({name: tensor.clone()})
     bring(sink, "linear.bias", 3)
-    bring(sink, "table.weight", 12)
     assert sink.calls == ["begin"]
     bring(sink, "linear.weight", 12)
+    assert sink.open_modules.peak_bytes == 4 * 12  # the bias stays where it is, as in vLLM
+    bring(sink, "table.weight", 12)
+    assert sink.calls == ["begin", "Linear"]
     sink.arrived("table.weight", 8)
     sink.finish(4)
+    assert sink.open_modules.peak_bytes == 4 * 8 * 4
     assert sink.calls == ["begin", "Linear", "Embedding", "finish 4"]
     assert set(kept) == set(EXPECTED)
     assert torch.equal(kept["table.weight"][5:], torch.zeros(3, 4))  # rows that pad
@@ -71,6 +74,18 @@ def test_what_is_missing_or_too_much_is_an_error(sink):
     assert "finish 4" not in sink.calls
     with pytest.raises(RunError, match="more numbers came for linear"):
         bring(sink, "linear.weight", 16)
+
+
+def test_a_module_that_comes_between_is_an_error(sink):
+    bring(sink, "table.weight", 12)
+    sink.open_modules.check()
+    bring(sink, "linear.weight", 12)
+    assert sink.open_modules.peak_bytes == 128 + 48
+    with pytest.raises(RunError, match=r"module linear \(48 bytes\) came before table \(128 bytes\) was complete"):
+        sink.open_modules.check()
+    sink.begin()
+    bring(sink, "linear.weight", 12)
+    sink.open_modules.check()
 
 
 def test_a_rank_with_padding_alone_is_packed_all_the_same(sink):

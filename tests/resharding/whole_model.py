@@ -107,6 +107,15 @@ def rollout_parameters(layout: BridgeLayout, tp_rank: int) -> dict[str, Tensor]:
     return held | _split_experts(layout, tp_rank, held, experts)
 
 
+def module_bytes(parameters: dict[str, Tensor]) -> dict[str, int]:
+    """By vLLM's module."""
+    sizes: dict[str, int] = {}
+    for name, tensor in parameters.items():
+        module = name[: name.rindex(".")]
+        sizes[module] = sizes.get(module, 0) + tensor.nbytes
+    return sizes
+
+
 def _expert(layout: BridgeLayout, tensors: list[Tensor], rule: Rule) -> Tensor:
     return torch.stack(tensors) if rule.fusion is STACKED else tensors[0]
 

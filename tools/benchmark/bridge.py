@@ -4,7 +4,8 @@ A Qwen2 model of random weights (float32). Four ways fill the buffers that vLLM'
 once, taking turns: memcpy, the same bytes copied within a rank; push, the planned bridge through shared memory, and the
 same over sockets (gloo); gather, its first form, where every tensor is gathered whole on every rank, which then takes
 its part. All end with the same bits. Medians between barriers. Memory is the resident set above that before, of the
-rank with most (shared buckets last, so that they are in it before); of the push two buckets are allowed.
+rank with most; of the push over sockets two buckets are allowed (vLLM's modules are not made here: all its buffers are
+there before).
 With an engine, whole syncs into vLLM are timed as well, and what of them is vLLM's own packing of its layers.
 Usage: python tools/benchmark/bridge.py [--json bridge.json] [--skip-engine]
 """

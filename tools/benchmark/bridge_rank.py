@@ -50,7 +50,7 @@ def gather_into(sink: MemorySink, weights: Iterable[tuple[str, Tensor]], places:
 
 
 def transfer(task: dict[str, Any], actor: dict[str, Any], tp: int) -> dict[str, Any]:
-    """Three ways to fill this rank's shard, taking turns."""
+    """Four ways to fill this rank's shard, taking turns."""
     # Megatron may only be imported once rank_runtime has put the CPU backend in place.
     from megatron_riskpo.actor.model import build_policy_model, named_parameters
     from megatron_riskpo.checkpoint.weight_map import family_of, shape_of

@@ -3,8 +3,10 @@
 Beside the dense case stands the planner of megatron.core.resharding, run in the same process on the same layout. Times
 are of the processor, medians: other jobs on the machine count little. A sync is predicted from the plan's bytes: of
 every rank what goes over its network card and what over NVLink, both ways at once, at the links' full speed; the
-slowest rank counts. Neither latency nor vLLM's packing is in it. Beside it stands the host's time for as many slices as
-the busiest rank gives and takes, measured on this machine (reshard_host.py).
+slowest rank counts. Neither latency nor vLLM's packing is in it. Round by round is what it would take if after each
+round all ranks waited for the slowest one; they do not, so that the truth lies between. Beside it stands the host's
+time for as many slices as the busiest rank gives and takes, measured on this machine (reshard_host.py); last, the
+memory of a push (reshard_memory.py).
 Usage: python tools/benchmark/reshard_plan.py [--json reshard_plan.json] [--skip-megatron]
 """
 
@@ -21,6 +23,7 @@ from markdown_table import markdown_table
 from megatron_planner import seconds_for_all_ranks
 from reshard_cases import PLAN_CASES, SYNC_CASES, Case
 from reshard_host import microseconds_a_slice
+from reshard_memory import report_memory
 
 from megatron_riskpo.resharding.plan import plan_rank, transfer_items
 from megatron_riskpo.resharding.schedule import BridgeLayout, make_schedule
@@ -55,6 +58,8 @@ class Sync:
     near_gb: float
     """The same over NVLink."""
     seconds: float
+    seconds_by_round: float
+    """If all ranks waited for each other after each round."""
     ideal_seconds: float
     """If every rank got its whole shard over its card, and nothing else held it up."""
     slices_in: int
@@ -68,7 +73,7 @@ class Sync:
 def predict(layout: BridgeLayout) -> Sync:
     """From all ranks' receives; what a rank sends is what others get from it."""
     num_ranks = max(layout.actor.world_size, layout.rollout.rank(layout.rollout.replicas, 0))
-    moved = np.zeros((4, num_ranks))  # far in, far out, near in, near out
+    moved = np.zeros((4, make_schedule(layout).num_rounds, num_ranks))  # far in, far out, near in, near out
     slices = np.zeros((2, num_ranks), dtype=np.int64)  # in, out
     largest = 0
     for rank in range(layout.rollout.first_rank, layout.rollout.rank(layout.rollout.replicas, 0)):
@@ -80,13 +85,16 @@ def predict(layout: BridgeLayout) -> Sync:
         slices[0, rank] = len(receives)
         np.add.at(slices[1], receives["source"][is_other], 1)
         for row, chosen in ((0, is_other & ~is_near), (2, is_other & is_near)):
-            moved[row, rank] += num_bytes[chosen].sum()
-            np.add.at(moved[row + 1], receives["source"][chosen], num_bytes[chosen])
-    far, near = moved[:2].max(), moved[2:].max()
+            number, source = receives["round"][chosen], receives["source"][chosen]
+            np.add.at(moved[row], (number, rank), num_bytes[chosen])
+            np.add.at(moved[row + 1], (number, source), num_bytes[chosen])
+    far, near = moved.sum(axis=1)[:2].max(), moved.sum(axis=1)[2:].max()
+    busiest = moved.max(axis=2)
+    by_round = np.maximum(busiest[:2].max(axis=0) / NIC_BYTES_S, busiest[2:].max(axis=0) / NVLINK_BYTES_S).sum()
     seconds = max(far / NIC_BYTES_S, near / NVLINK_BYTES_S)
     most_in, most_out = slices.max(axis=1).tolist()
     return Sync(
-        largest / 1e9, far / 1e9, near / 1e9, seconds, largest / NIC_BYTES_S, most_in, most_out,
+        largest / 1e9, far / 1e9, near / 1e9, seconds, float(by_round), largest / NIC_BYTES_S, most_in, most_out,
         int(slices.sum(axis=0).max()),
     )  # fmt: skip
 
@@ -137,10 +145,12 @@ def report_syncs(cases: tuple[Case, ...], microseconds: dict[bool, float]) -> di
         sync = predict(case.layout)
         figures[case.name] = asdict(sync)
         rows.append([case.name, str(case.actor.world_size), f"{sync.largest_shard_gb:.2f}", f"{sync.far_gb:.2f}",
-                     f"{sync.near_gb:.2f}", f"{sync.seconds:.3f}", f"{sync.ideal_seconds:.3f}", str(sync.slices_in),
-                     str(sync.slices_out), f"{host_seconds(case, sync.slices, microseconds):.3f}"])  # fmt: skip
+                     f"{sync.near_gb:.2f}", f"{sync.seconds:.3f}", f"{sync.seconds_by_round:.3f}",
+                     f"{sync.ideal_seconds:.3f}", str(sync.slices_in), str(sync.slices_out),
+                     f"{host_seconds(case, sync.slices, microseconds):.3f}"])  # fmt: skip
     header = ["model, rollout on", "actor ranks", "shard GB", "most over a card GB", "most over NVLink GB",
-              "predicted s", "shard over card s", "slices into a rank", "out of a rank", "host s"]  # fmt: skip
+              "predicted s", "round by round s", "shard over card s", "slices into a rank", "out of a rank",
+              "host s"]  # fmt: skip
     print("\n## Predicted syncs\n")
     print(markdown_table(header, rows))
     return figures
@@ -157,6 +167,7 @@ def main() -> None:
     figures = report_plans(args.ranks, not args.skip_megatron, microseconds)
     figures["syncs"] = report_syncs(SYNC_CASES[: args.syncs], microseconds)
     figures["host_us"] = {("experts" if experts else "dense"): us for experts, us in microseconds.items()}
+    figures["memory"] = report_memory([*SYNC_CASES[: args.syncs], *(case for case, _ in PLAN_CASES)])
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
