@@ -82,7 +82,10 @@ def collective_timeout(setup: Setup) -> str | None:
 def stall_limit(setup: Setup) -> str | None:
     """A wait that another option allows is no stall."""
     config, limit = setup.config, setup.config.run.stall_limit_s
-    allowed = [Wait({"bridge.timeout_s": config.bridge.timeout_s}), *server_waits(config)]
+    # A rank that has come waits for rank 0, and then for as long as rank 0 waits for the others.
+    agreement = {"2 * bridge.timeout_s": 2 * config.bridge.timeout_s}
+    gather = {"run.timeout_s": config.run.timeout_s} if config.bridge.verify == "golden" else {}
+    allowed = [Wait(gather | agreement), *server_waits(config)]
     if config.rollout.placement == "server":
         allowed.append(Wait({"server.request_timeout_s": config.server.request_timeout_s}))
     wait = longest(allowed)

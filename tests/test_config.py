@@ -99,7 +99,7 @@ BASE = ("--rollout.engine", "megatron", "--data.prompts_per_step", "40")
         (
             ["--run.stall_limit_s", "120"],
             1,
-            "run.stall_limit_s = 120 would end a run that waits as long as bridge.timeout_s = 120 allows; raise it",
+            "run.stall_limit_s = 120 would end a run that waits as long as 2 * bridge.timeout_s = 240 allows; raise it",
         ),
         (["--run.name", "a/b"], 1, "run.name = 'a/b' is no folder name"),
         (["--data.prompt_template", "hello"], 1, "has no {problem}"),

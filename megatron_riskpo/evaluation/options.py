@@ -28,7 +28,7 @@ IDLE_OPTIONS = (
     *("rollout.max_staleness", "rollout.sleep"),
     *("rewards.overlong_buffer_tokens", "rewards.overlong_penalty", "rewards.format_bonus"),
     *("evaluation.every", "evaluation.ks", "evaluation.num_samples", "model.path"),
-    *("server.push_timeout_s", "server.start_timeout_s", "server.max_restarts", "server.transfer_dir"),
+    *("server.start_timeout_s", "server.max_restarts", "server.transfer_dir"),
     "server.transport",
 )
 """Options of these sections that mean nothing here, or that a flag of the command sets."""

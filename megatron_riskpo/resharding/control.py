@@ -71,7 +71,7 @@ class Control:
         refuse_differences(self.gather(value, f"{phase}, here {value}"), phase)
 
     def gather_objects(self, value: Any, phase: str) -> list[Any]:
-        """As `gather`, of what can be pickled."""
+        """As `gather`, of what can be pickled; a rank that is lost between two messages of it is not named."""
         content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = self.gather(len(content), phase)
         own = torch.zeros(max(sizes), dtype=torch.uint8)
@@ -86,18 +86,22 @@ class Control:
         return [pickle.loads(of[:size].numpy().tobytes()) for of, size in zip(found, sizes, strict=True)]
 
     def guarded(self, items: Iterable[Item], phase: str) -> Iterator[Item]:
-        """The items, which all ranks make together by collectives of whichever groups. Where one of those ends in an
-        error, LostRankError names the ranks that are missing."""
+        """The items, which all ranks make together by gloo's collectives, of whichever groups. Where one of those ends
+        in an error, LostRankError says it, and which ranks are missing, if any are."""
         try:
             yield from items
         except torch.OutOfMemoryError:  # this rank's own
             raise
         except RuntimeError as error:
-            self.gather(0, f"{phase}: {reason_of(error)}")
+            try:
+                self.gather(0, phase)
+            except LostRankError as lost:
+                self._fail(error, phase, f"; then {lost}")
             self._fail(error, phase)
 
-    def _fail(self, error: RuntimeError, phase: str) -> NoReturn:
-        raise LostRankError(f"{self._subject}: rank {self.group.rank()}, {phase}: {reason_of(error)}") from error
+    def _fail(self, error: RuntimeError, phase: str, what_followed: str = "") -> NoReturn:
+        reason = f"{reason_of(error)}{what_followed}"
+        raise LostRankError(f"{self._subject}: rank {self.group.rank()}, {phase}: {reason}") from error
 
     def _collect(self, own: Tensor) -> Tensor:
         """Rank 0's. int64 [ranks, 2]: whether the rank has come, and its value."""

@@ -2,7 +2,7 @@
 
 It may take long, and a rank that is stopped meanwhile has to be noticed soon. So a thread goes to the ranks' meetings
 (attendance.py) while the calling thread works: it stops with its process. A rank that is alive and hangs is bounded by
-`limit_s`.
+`limit_s`. The rank that works hears of a lost one when its work, which has bounds of its own, is done.
 """
 
 from collections.abc import Callable, Iterator

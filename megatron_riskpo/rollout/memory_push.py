@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.errors import RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards, served_layout
-from megatron_riskpo.resharding.control import Control
+from megatron_riskpo.resharding.control import Control, LostRankError
 from megatron_riskpo.resharding.peer_parameters import share_with_all
 from megatron_riskpo.resharding.plan import plan_rank
 from megatron_riskpo.resharding.transports import shared_memory
@@ -42,6 +42,8 @@ class MemoryPush:
         try:
             self._own, self._records = share_with_all(shards.parameters, group)
             self._joint.of_first(self._look_whether_open, "the look at the shared weights")
+        except LostRankError:
+            raise
         except RunError as error:
             hint = 'set it to "network" or "file"'
             raise RunError(f'server.transport = "shared_memory": {error}; {hint}') from error

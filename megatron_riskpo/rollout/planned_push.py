@@ -9,6 +9,7 @@ from megatron_riskpo.config import TrainConfig
 from megatron_riskpo.config_servers import transport_of, transport_on_gpus
 from megatron_riskpo.errors import RiskpoError, RunError
 from megatron_riskpo.resharding.actor_shards import ActorShards
+from megatron_riskpo.resharding.control import LostRankError
 from megatron_riskpo.rollout.loop_thread import LoopThread
 from megatron_riskpo.rollout.memory_push import MemoryPush
 from megatron_riskpo.rollout.network_push import NetworkPush
@@ -52,6 +53,8 @@ def planned_push(
         if shards.example.is_cuda and transport_on_gpus(config) == "file":
             raise RunError('CUDA IPC has not been tried out yet (server.transport = "shared_memory" does)')
         return MemoryPush(config, shards, group, loop)
+    except LostRankError:
+        raise  # no way of bringing weights would help
     except RiskpoError as error:
         if not is_own_choice:
             raise

@@ -41,5 +41,6 @@ async def _check_engine(pool: ServerPool, server: Server, timeout_s: float) -> N
     try:
         await server.client.weight_label(timeout_s)
     except (ServerError, RunError) as error:
-        if started > pool.pushed_at:
+        # What comes sooner, the health check and the requests judge.
+        if started > pool.pushed_at and time.monotonic() - started >= timeout_s:
             pool.give_up(server, f"{error}: its engine hangs or is dead (server.push_timeout_s)")

@@ -204,11 +204,12 @@ async def _announce(url: str, endpoint: Path | None, record: str, deadline: Star
     async with aiohttp.ClientSession() as session:
         while not await _is_healthy(session, url):
             await asyncio.sleep(_HEALTH_POLL_S)
-    deadline.met()
     if endpoint is not None:
         part = endpoint.with_name(endpoint.name + ".part")
         part.write_text(record, encoding="utf-8")
         part.replace(endpoint)
+    # Nobody else waits for a server that could not say where it is.
+    deadline.met()
     print(f"serving at {url}", flush=True)
 
 

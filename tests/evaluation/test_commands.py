@@ -112,8 +112,8 @@ def test_servers_are_asked_by_one_rank_with_the_options_of_the_run(folder: Path)
             "--rollout.tp has no effect with --server: it is riskpo serve's",
         ),
         (
-            ["--model", "model", "--data", "q.jsonl", "--server", "http://a:1", "--server.push_timeout_s", "2"],
-            "--server.push_timeout_s has no effect on an evaluation",
+            ["--model", "model", "--data", "q.jsonl", "--server", "http://a:1", "--server.start_timeout_s", "2"],
+            "--server.start_timeout_s has no effect on an evaluation",
         ),
         (
             ["--model", "model", "--data", "q.jsonl", "--server.request_timeout_s", "2"],

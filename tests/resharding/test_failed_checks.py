@@ -20,7 +20,9 @@ def push_of(vllm: Any, pushed: torch.Tensor) -> InProcessPush:
     made: Any = InProcessPush.__new__(InProcessPush)
     made.sink = SimpleNamespace(keep=None, begin=lambda: None, finish=lambda version: None, model=model)
     made.push = SimpleNamespace(run=lambda sink, version: sink.keep("weight", pushed))
-    made._control = SimpleNamespace(agree=lambda number, what: None, gather=lambda number, what: [number])
+    made._control = SimpleNamespace(
+        agree=lambda number, what: None, gather=lambda number, what: [number], guarded=lambda items, phase: items
+    )  # fmt: skip
     made._actor = SimpleNamespace(export_weights=lambda: [("w", torch.ones(2, 3))])
     made._traced = {"w": [Placement(((0, 2), (0, 3)), "weight", ((0, 2), (0, 3)))]}
     made._engine, made._peers = vllm, None

@@ -122,7 +122,6 @@ def test_a_first_rank_that_is_stopped_is_named(tmp_path):
         found = {step: pool.submit(pushes, folders[step], steps[step], [{}], rank=1) for step in phases}
     for step, phase in phases.items():
         _, outcomes = found[step].result()
-        print(step, outcomes[-1])
         assert f" s for rank 0 ({phase}" in outcomes[-1]["error"]
         assert outcomes[-1]["seconds"] < 8 * TIMEOUT_S
 

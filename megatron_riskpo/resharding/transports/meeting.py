@@ -90,7 +90,7 @@ def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 def join(store: dist.Store, meeting: Meeting, rank: int, device: torch.device) -> GroupTransport:
     """Become a member of the group: gloo for CPU tensors, NCCL for a GPU's. Collective over its members; RunError,
-    within about twice the meeting's time-out, where not all come."""
+    within about three times the meeting's time-out, where not all come."""
     keys = dist.PrefixStore(meeting.prefix, store)
     transport: GroupTransport | None = None
     try:
