@@ -65,7 +65,7 @@ def test_signal_saves_and_exits_0(folder, number, options):
 def test_a_stopped_rank_ends_the_run_soon_after_the_limit_and_is_named(folder):
     limit_s = 10
     arguments = ("train", "rl.toml", "--model.path", "runs/base/hf", "--run.name", "stalled", "--run.steps", "2000")
-    limits = ("--run.stall_limit_s", limit_s, "--bridge.timeout_s", "5")
+    limits = ("--run.stall_limit_s", limit_s, "--bridge.timeout_s", "4")
     process = start(folder, *arguments, "--rollout.engine", "megatron", *limits)
     wait_for_step(folder, process, "stalled", 2)
     run_dir = folder / "runs" / "stalled"

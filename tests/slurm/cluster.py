@@ -54,7 +54,7 @@ DefMemPerCPU=1000
 GresTypes=gpu
 EnforcePartLimits=ALL
 JobRequeue=1
-KillWait=30
+KillWait=60
 MinJobAge=3600
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
