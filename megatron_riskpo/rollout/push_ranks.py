@@ -65,14 +65,13 @@ class PushRanks:
         found = self._control.gather_objects(address_of_rank(hosts[self.group.rank()]), "the ranks' addresses")
         others = {address for address, host in zip(found, hosts, strict=True) if host != hosts[0]}
         self.address = self.from_first(lambda: self._listen(store_address(urls, others)), "a store for the servers")
-        error = ""
+        self._joint.of_all(self._connect, "the store for the servers")
+
+    def _connect(self) -> None:
         try:
             self._store = self._store or connect_store(*self.address, self._timeout_s)
-        except RunError as failure:
-            error = f"rank {self.group.rank()}: {failure}"
-        found = self._control.gather_objects(error, "the store for the servers")
-        if any(found):
-            raise RunError(next(filter(None, found)))
+        except RunError as error:
+            raise RunError(f"rank {self.group.rank()}: {error}") from error
 
     def _listen(self, address: str) -> tuple[str, int]:
         store = open_store(address)
